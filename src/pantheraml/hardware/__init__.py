@@ -1,0 +1,1 @@
+"""What the machine is. The only room that may name a device."""

@@ -1,0 +1,1 @@
+"""What we will do: shapes, memory and time by arithmetic, for machines that may not be here. Needs no torch."""
