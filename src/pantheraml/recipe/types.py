@@ -7,60 +7,59 @@ The description of each field is what `pantheraml recipe explain` prints.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Kind = Literal["cpu", "cuda", "xpu"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
+Reporter = Literal["tensorboard", "trackio", "wandb"]
 
 
 class _Part(BaseModel):
     # Strict: "3" is not 3. A typo in a recipe costs hours, so nothing is coerced in silence.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _listed(value: Any) -> Any:
     """One path, or several: both are lists inside. A YAML list becomes the tuple that is stored."""
     if isinstance(value, str):
         return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
-Strings = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-# YAML 1.1 reads 2e-4 as text, because the mantissa has no dot. It is a number to everybody else.
-Number = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, int | str) and not isinstance(v, bool) else v)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
 
 
 class ModelSpec(_Part):
     """Which weights, and how they are held in memory."""
 
     name: str = Field(min_length=1, description="A Hub id, a folder, or tiny:FAMILY for a small model made from nothing.")
-    revision: str | None = Field(None, description="Hub branch, tag or commit. Default: the repository's main branch.")
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit. Default: the repository's main branch.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Arithmetic. auto: bfloat16 where the device computes it faster than float32, else float32."
+        default="auto", description="Arithmetic. auto: bfloat16 where the device computes it faster than float32, else float32."
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="Attention implementation of transformers. auto: the first one that the device offers."
+        default="auto", description="Attention implementation of transformers. auto: the first one that the device offers."
     )
     max_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="Longest example in tokens. auto: 2048, or what the model can do if that is less."
+        default="auto", description="Longest example in tokens. auto: 2048, or what the model can do if that is less."
     )
-    load_in_4bit: bool = Field(False, description="Hold the frozen base in 4 bits (NF4, needs bitsandbytes). LoRA only.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off: it can do anything.")
+    load_in_4bit: bool = Field(default=False, description="Hold the frozen base in 4 bits (NF4, needs bitsandbytes). LoRA only.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model. Off: it can do anything.")
 
 
 class LoRA(_Part):
     """Train low-rank additions to the linear layers; the base stays as it is."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(16, gt=0, description="Rank of each addition. 8 to 32 suits most tasks.")
-    alpha: Number = Field(16.0, gt=0, description="Strength: the addition is scaled by alpha / rank.")
-    dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout on the input of each addition. 0 is fastest and usually as good.")
-    targets: Strings = Field(("all-linear",), description="Module names. all-linear: every linear layer but the output head.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
-    dora: bool = Field(False, description="Weight-decomposed LoRA: learns magnitudes too; slower.")
+    rank: int = Field(default=16, gt=0, description="Rank of each addition. 8 to 32 suits most tasks.")
+    alpha: float = Field(default=16.0, gt=0, description="Strength: the addition is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input of each addition. 0 is fastest and usually as good.")
+    targets: Strings = Field(default=("all-linear",), description="Module names. all-linear: every linear layer but the output head.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
+    dora: bool = Field(default=False, description="Weight-decomposed LoRA: learns magnitudes too; slower.")
 
 
 class Full(_Part):
@@ -74,7 +73,7 @@ class SFT(_Part):
 
     kind: Literal["sft"] = "sft"
     loss_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="Which tokens count: all assistant turns, only the last one, or every token."
+        default="assistant", description="Which tokens count: all assistant turns, only the last one, or every token."
     )
 
 
@@ -82,118 +81,139 @@ class DataSpec(_Part):
     """Which rows, how they are read, and what happens to those that cannot be used."""
 
     train: Strings = Field(min_length=1, description="Files (jsonl, json, csv, parquet), folders, or hub:ORG/SET[:SPLIT].")
-    eval: Strings = Field((), description="Rows kept for evaluation. Default: eval_fraction of train.")
-    eval_fraction: Number = Field(0.05, ge=0, lt=1, description="Held out from train where eval is not given. Equal rows stay together.")
-    max_eval_rows: int = Field(200, gt=0, description="At most so many rows are held out or evaluated.")
-    format: Format = Field("auto", description="auto: detected from the first rows, and reported.")
-    streaming: Literal["auto", "on", "off"] = Field("auto", description="Read while training. auto: on when the files exceed a quarter of free memory.")
-    shuffle: bool = Field(True, description="A new order each epoch, from run.seed. Off: as in the file.")
-    packing: Literal["auto", "on", "off"] = Field("auto", description="Put several examples into one row, isolated. auto: on where the model keeps them apart.")
-    too_long: Literal["truncate", "drop", "split", "error"] = Field("truncate", description="For examples over model.max_tokens. Always counted.")
-    on_bad_row: Literal["fail", "skip"] = Field("fail", description="fail: stop at the first unusable row. skip: leave it out and write it to bad_rows.jsonl.")
-    max_bad_rows: int = Field(100, ge=0, description="With skip: stop after so many.")
-    chat_template: str | None = Field(None, description="A Jinja file used instead of the tokenizer's own template.")
+    eval: Strings = Field(default=(), description="Rows kept for evaluation. Default: eval_fraction of train.")
+    eval_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="Held out from train where eval is not given. Equal rows stay together."
+    )
+    max_eval_rows: int = Field(default=200, gt=0, description="At most so many rows are held out or evaluated.")
+    format: Format = Field(default="auto", description="auto: detected from the first rows, and reported.")
+    streaming: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Read while training. auto: on when the files exceed a quarter of free memory."
+    )
+    shuffle: bool = Field(default=True, description="A new order each epoch, from run.seed. Off: as in the file.")
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Put several examples into one row, isolated. auto: on where the model keeps them apart."
+    )
+    too_long: Literal["truncate", "drop", "split", "error"] = Field(
+        default="truncate", description="For examples over model.max_tokens. Always counted."
+    )
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail", description="fail: stop at the first unusable row. skip: leave it out and write it to bad_rows.jsonl."
+    )
+    max_bad_rows: int = Field(default=100, ge=0, description="With skip: stop after so many.")
+    chat_template: str | None = Field(default=None, description="A Jinja file used instead of the tokenizer's own template.")
 
 
 class BatchSpec(_Part):
     """How many examples make one step, and how the device takes them."""
 
-    size: int = Field(16, gt=0, description="Examples in one optimizer step, over all devices. Changes what is learned.")
+    size: int = Field(default=16, gt=0, description="Examples in one optimizer step, over all devices. Changes what is learned.")
     micro_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="Tokens the device takes at once. Changes memory and speed only. auto: what fits."
+        default="auto", description="Tokens the device takes at once. Changes memory and speed only. auto: what fits."
     )
 
 
 class OptimSpec(_Part):
     """AdamW and its schedule."""
 
-    lr: Annotated[Number, Field(ge=0)] | Literal["auto"] = Field("auto", description="Peak learning rate. auto: 2e-4 for LoRA, 2e-5 for full.")
-    epochs: Number = Field(1.0, gt=0, description="Passes over the training rows.")
-    steps: int | None = Field(None, gt=0, description="Optimizer steps; overrules epochs.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="From the peak to zero, after the warm-up.")
-    warmup: Number = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises to its peak.")
-    weight_decay: Number = Field(0.0, ge=0, description="Decoupled decay, on matrices only (not on norms and biases).")
-    beta1: Number = Field(0.9, ge=0, lt=1, description="AdamW's first moment.")
-    beta2: Number = Field(0.999, ge=0, lt=1, description="AdamW's second moment.")
-    eps: Number = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    clip_norm: Number = Field(1.0, ge=0, description="Gradients are scaled down to this norm. 0: never.")
+    lr: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="Peak learning rate. auto: 2e-4 for LoRA, 2e-5 for full."
+    )
+    epochs: float = Field(default=1.0, gt=0, description="Passes over the training rows.")
+    steps: int | None = Field(default=None, gt=0, description="Optimizer steps; overrules epochs.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="From the peak to zero, after the warm-up.")
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the rate rises to its peak.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled decay, on matrices only (not on norms and biases).")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    clip_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm. 0: never.")
 
 
 class EvalSpec(_Part):
     """What is measured on the held-out rows."""
 
-    every: Annotated[int, Field(gt=0)] | Literal["auto", "end"] = Field("auto", description="Steps between evaluations. auto: ten times a run.")
-    early_stop: int | None = Field(None, gt=0, description="Stop after so many evaluations without a better loss.")
-    generate_rows: int = Field(8, ge=0, description="Held-out rows answered before and after training, scored by exact match.")
-    max_new_tokens: int = Field(256, gt=0, description="Longest answer in tokens.")
-    prompts: Strings = Field((), description="Your own prompts, answered before and after.")
+    every: Annotated[int, Field(gt=0)] | Literal["auto", "end"] = Field(
+        default="auto", description="Steps between evaluations. auto: ten times a run."
+    )
+    early_stop: int | None = Field(default=None, gt=0, description="Stop after so many evaluations without a better loss.")
+    generate_rows: int = Field(default=8, ge=0, description="Held-out rows answered before and after training, scored by exact match.")
+    max_new_tokens: int = Field(default=256, gt=0, description="Longest answer in tokens.")
+    prompts: Strings = Field(default=(), description="Your own prompts, answered before and after.")
 
 
 class HardwareAsk(_Part):
     """Where to run."""
 
-    kind: Literal["auto", "cpu", "cuda", "xpu"] = Field("auto", description="auto: the first of CUDA, XPU, CPU that answers.")
-    index: int = Field(0, ge=0, description="Which of them.")
-    threads: int | None = Field(None, gt=0, description="CPU threads. Default: all cores this process may use.")
-    checkpointing: Literal["auto", "on", "off"] = Field("auto", description="Recompute activations to save memory. auto: only where it would not fit otherwise.")
+    kind: Literal["auto", "cpu", "cuda", "xpu"] = Field(default="auto", description="auto: the first of CUDA, XPU, CPU that answers.")
+    index: int = Field(default=0, ge=0, description="Which of them.")
+    threads: int | None = Field(default=None, gt=0, description="CPU threads. Default: all cores this process may use.")
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Recompute activations to save memory. auto: only where it would not fit otherwise."
+    )
 
 
 class RunSpec(_Part):
     """The run folder and the rhythm of the loop."""
 
-    folder: str = Field("runs", description="Run folders are made in here.")
-    name: str | None = Field(None, description="Name of the run folder. Default: from the model and the data.")
-    seed: int = Field(3407, ge=0, description="Fixes order, initial adapter and dropout.")
-    log_every: int = Field(10, gt=0, description="Steps between log lines. Metrics stay on the device in between.")
-    save_every: Annotated[int, Field(gt=0)] | Literal["auto", "end"] = Field("auto", description="Steps between checkpoints. auto: ten times a run.")
-    keep: int = Field(2, gt=0, description="Checkpoints kept, besides the best one.")
-    best: bool = Field(True, description="End with the weights of the best evaluation rather than the last step.")
-    reporters: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_listed)] = Field(
-        (), description="Also send metrics to these, if installed."
+    folder: str = Field(default="runs", description="Run folders are made in here.")
+    name: str | None = Field(default=None, description="Name of the run folder. Default: from the model and the data.")
+    seed: int = Field(default=3407, ge=0, description="Fixes order, initial adapter and dropout.")
+    log_every: int = Field(default=10, gt=0, description="Steps between log lines. Metrics stay on the device in between.")
+    save_every: Annotated[int, Field(gt=0)] | Literal["auto", "end"] = Field(
+        default="auto", description="Steps between checkpoints. auto: ten times a run."
+    )
+    keep: int = Field(default=2, gt=0, description="Checkpoints kept, besides the best one.")
+    best: bool = Field(default=True, description="End with the weights of the best evaluation rather than the last step.")
+    reporters: Annotated[tuple[Reporter, ...], BeforeValidator(_listed, json_schema_input_type=Reporter | list[Reporter])] = Field(
+        default=(), description="Also send metrics to these, if installed."
     )
 
 
 class ExportSpec(_Part):
     """What is written at the end besides the adapter."""
 
-    merged: bool = Field(False, description="The base with the adapter merged in, as a folder for transformers.")
-    gguf: Annotated[tuple[GgufType, ...], BeforeValidator(_listed)] = Field((), description="GGUF files for llama.cpp and Ollama.")
+    merged: bool = Field(default=False, description="The base with the adapter merged in, as a folder for transformers.")
+    gguf: Annotated[tuple[GgufType, ...], BeforeValidator(_listed, json_schema_input_type=GgufType | list[GgufType])] = Field(
+        default=(), description="GGUF files for llama.cpp and Ollama."
+    )
 
 
 Adapter = Annotated[LoRA | Full, Field(discriminator="kind")]
 
 
-def _named(key: str) -> BeforeValidator:
-    """`model: Qwen/Qwen3-0.6B` is short for `model: {name: Qwen/Qwen3-0.6B}`; the same for data."""
-    return BeforeValidator(lambda v: {key: v} if isinstance(v, str | list | tuple) else v)
+SHORTHAND = {"model": "name", "data": "train", "method": "kind", "adapter": "kind"}
+"""`model: Qwen/Qwen3-0.6B` is short for `model: {name: Qwen/Qwen3-0.6B}`, `adapter: full` for `adapter: {kind: full}`."""
+
+
+def expanded(section: str, value: Any) -> Any:
+    """The long form of a section that may be written short; anything else as it is."""
+    if section in SHORTHAND and isinstance(value, str | list | tuple):
+        return {SHORTHAND[section]: cast("str | list[Any] | tuple[Any, ...]", value)}
+    if section == "adapter" and isinstance(value, dict) and "kind" not in value:
+        return {"kind": "lora", **cast("dict[str, Any]", value)}
+    return cast("Any", value)
+
+
+def _short(section: str, accepts: Any) -> BeforeValidator:
+    return BeforeValidator(lambda value: expanded(section, value), json_schema_input_type=accepts)
 
 
 class Recipe(_Part):
     """What the user asked. Frozen; the same recipe, data and machine give the same weights."""
 
-    model: Annotated[ModelSpec, _named("name")] = Field(description="Which weights.")
-    data: Annotated[DataSpec, _named("train")] = Field(description="Which rows.")
-    method: SFT = Field(SFT(), description="How to learn.")
-    adapter: Adapter = Field(LoRA(), description="What to train: {kind: lora, ...} or {kind: full}.")
-    batch: BatchSpec = Field(BatchSpec(), description="How many examples a step.")
-    optim: OptimSpec = Field(OptimSpec(), description="How far each step goes.")
-    eval: EvalSpec = Field(EvalSpec(), description="What is measured.")
-    hardware: HardwareAsk = Field(HardwareAsk(), description="Where to run.")
-    run: RunSpec = Field(RunSpec(), description="Where results go.")
-    export: ExportSpec = Field(ExportSpec(), description="What to write at the end.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _adapter_kind(cls, values: Any) -> Any:
-        """`adapter: {rank: 8}` means LoRA, and `adapter: full` needs no braces."""
-        if not isinstance(values, dict):
-            return values
-        adapter = values.get("adapter")
-        if isinstance(adapter, str):
-            return {**values, "adapter": {"kind": adapter}}
-        if isinstance(adapter, dict) and "kind" not in adapter:
-            return {**values, "adapter": {"kind": "lora", **adapter}}
-        return values
+    model: Annotated[ModelSpec, _short("model", str | ModelSpec)] = Field(description="Which weights.")
+    data: Annotated[DataSpec, _short("data", str | list[str] | DataSpec)] = Field(description="Which rows.")
+    method: Annotated[SFT, _short("method", Literal["sft"] | SFT)] = Field(default=SFT(), description="How to learn.")
+    adapter: Annotated[Adapter, _short("adapter", Literal["lora", "full"] | LoRA | Full)] = Field(
+        default=LoRA(), description="What to train: {kind: lora, ...} or {kind: full}."
+    )
+    batch: BatchSpec = Field(default=BatchSpec(), description="How many examples a step.")
+    optim: OptimSpec = Field(default=OptimSpec(), description="How far each step goes.")
+    eval: EvalSpec = Field(default=EvalSpec(), description="What is measured.")
+    hardware: HardwareAsk = Field(default=HardwareAsk(), description="Where to run.")
+    run: RunSpec = Field(default=RunSpec(), description="Where results go.")
+    export: ExportSpec = Field(default=ExportSpec(), description="What to write at the end.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
