@@ -1,0 +1,149 @@
+"""Examples into a few static shapes: rows of a fixed length, filled as well as it goes.
+
+One static shape means one compilation. Examples that share a row stay apart: positions restart at 0
+with each of them, and no label reaches from one into the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pantheraml.data.chat import Example
+
+IGNORED = -100
+# Attention computes about 4 * n * hidden FLOPs per token and layer in rows of n tokens, the linear layers 24 * hidden^2:
+# as much at n = 6 * hidden, so 4096 stands for small models. It only orders row lengths that waste about equally.
+ATTENTION_TOKENS = 4096
+
+Bins = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What the device takes at once: int64 arrays [B, T].
+
+    Attributes:
+        input_ids: tokens; the pad token where there is none.
+        position_ids: restart at 0 with each example. Padding goes on counting from the last example of its row, so
+            that it is not one more sequence, and a row with one example is a plain 0..T-1.
+        labels: the token to predict at this place, already shifted; -100 where nothing is learned.
+        real_tokens: tokens that are not padding.
+        label_count: labels that are not -100.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+    real_tokens: int
+    label_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """All examples of one optimizer step, each exactly once; the mean loss is over its `label_count`."""
+
+    micro: tuple[MicroBatch, ...]
+    label_count: int
+    tokens: int
+    where: tuple[str, ...]
+
+
+def pack_step(
+    examples: Sequence[Example], *, row_tokens: tuple[int, ...], micro_tokens: int, packing: bool, pad_id: int, trim: bool
+) -> StepBatch:
+    """Lays the examples of one step into micro-batches; the same examples give the same arrays.
+
+    Args:
+        row_tokens: allowed row lengths, rising. A micro-batch has max(1, micro_tokens // n) rows of n tokens.
+        packing: several examples may share a row. Otherwise each has its own.
+        trim: for devices without static shapes: leave out empty rows, and cut rows to the longest in use.
+    Raises: ValueError if there are no examples, or one is longer than the longest row.
+    """
+    layout = _layout([len(example.tokens) for example in examples], row_tokens, micro_tokens, packing, trim)
+    micro = tuple(_fill([[examples[i] for i in row] for row in rows], n, height, pad_id, trim) for n, height, rows in layout)
+    return StepBatch(
+        micro,
+        label_count=sum(batch.label_count for batch in micro),
+        tokens=sum(batch.real_tokens for batch in micro),
+        where=tuple(examples[i].where for _, _, rows in layout for row in rows for i in row),
+    )
+
+
+def efficiency(
+    lengths: Sequence[int], *, batch_size: int, row_tokens: tuple[int, ...], micro_tokens: int, packing: bool, trim: bool = False
+) -> float:
+    """Real tokens over all tokens computed, for examples of these lengths taken `batch_size` at a time."""
+    computed = 0
+    for start in range(0, len(lengths), batch_size):
+        step = [int(length) for length in lengths[start : start + batch_size]]
+        for n, height, rows in _layout(step, row_tokens, micro_tokens, packing, trim):
+            computed += max(sum(step[i] for i in row) for row in rows) * len(rows) if trim else n * height
+    return float(sum(int(length) for length in lengths) / computed) if computed else 0.0
+
+
+def _layout(
+    lengths: Sequence[int], row_tokens: tuple[int, ...], micro_tokens: int, packing: bool, trim: bool
+) -> list[tuple[int, int, Bins]]:
+    """(row length, rows of the shape, examples of each used row) for each micro-batch."""
+    if not lengths:
+        raise ValueError("a step needs at least one example")
+    if max(lengths) > row_tokens[-1]:
+        raise ValueError(f"an example of {max(lengths)} tokens does not fit into rows of {row_tokens[-1]}")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    fits = [n for n in row_tokens if n >= max(lengths)]
+    layout: list[tuple[int, int, Bins]] = []
+    if packing:
+        candidates = [(n, _first_fit(order, lengths, n)) for n in fits]
+        n, rows = min(candidates, key=lambda candidate: _cost(candidate[0], len(candidate[1]), micro_tokens, trim))
+        height = max(1, micro_tokens // n)
+        return [(n, height, rows[start : start + height]) for start in range(0, len(rows), height)]
+    while order:
+        n = next(n for n in row_tokens if n >= lengths[order[0]])
+        height = max(1, micro_tokens // n)
+        layout.append((n, height, [[i] for i in order[:height]]))
+        order = order[height:]
+    return layout
+
+
+def _first_fit(order: Sequence[int], lengths: Sequence[int], n: int) -> Bins:
+    """First-fit decreasing: the longest example first, each into the first row that has room."""
+    rows: Bins = []
+    room: list[int] = []
+    for i in order:
+        row = next((row for row, free in enumerate(room) if free >= lengths[i]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(n)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def _cost(n: int, rows: int, micro_tokens: int, trim: bool) -> float:
+    height = max(1, micro_tokens // n)
+    computed = rows if trim else -(-rows // height) * height
+    return computed * n * (1 + n / ATTENTION_TOKENS)
+
+
+def _fill(rows: Sequence[Sequence[Example]], n: int, height: int, pad_id: int, trim: bool) -> MicroBatch:
+    if trim:
+        height = len(rows)
+        n = max(sum(len(example.tokens) for example in row) for row in rows)
+    input_ids = np.full((height, n), pad_id, dtype=np.int64)
+    position_ids = np.tile(np.arange(n, dtype=np.int64), (height, 1))
+    labels = np.full((height, n), IGNORED, dtype=np.int64)
+    real_tokens = 0
+    for r, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example.tokens)
+            input_ids[r, start:end] = example.tokens
+            position_ids[r, start:] = np.arange(n - start)
+            labels[r, start : end - 1] = np.where(example.loss[1:], example.tokens[1:], IGNORED)
+            start = end
+        real_tokens += start
+    return MicroBatch(input_ids, position_ids, labels, real_tokens, int((labels != IGNORED).sum()))
