@@ -1,44 +1,27 @@
-"""The plan: every choice that was left open by the recipe, made, with one sentence of reason each."""
+"""The plan: every choice that was left open by the recipe, made, with one sentence of reason each. Needs no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from pantheraml.hardware.device import Device
+from pantheraml.errors import DeviceError, RecipeError
+from pantheraml.hardware.device import Device, Inventory
+from pantheraml.hardware.select import select
+from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, round_lengths, row_lengths
+from pantheraml.planning.cost import CostEstimate, estimate_cost
+from pantheraml.planning.memory import MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.shape import ModelShape
+from pantheraml.recipe.types import LoRA, Recipe
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryEstimate:
-    """Bytes at the busiest moment of a step, by what holds them."""
-
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-    logits_bytes: int
-    runtime_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.optimizer_bytes
-            + self.activations_bytes
-            + self.logits_bytes
-            + self.runtime_bytes
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostEstimate:
-    """Expected work. Seconds are None where the device's speed is unknown."""
-
-    flops_per_token: float
-    tokens_per_s: float | None
-    total_tokens: int | None
-    time_s: float | None
+USUAL_TOKENS = 2048
+PACKED_ROW_EXAMPLES = 4
+"""A packed row holds about so many of the longest examples: the unfilled rest is small, attention still short."""
+_BYTES_EACH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NF4_BYTES_EACH = 0.5 + 4 / 64  # four bits, and a float32 scale for each 64 weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +40,8 @@ class Plan:
 
     device: Device
     world_size: int
-    dtype: Literal["float32", "bfloat16", "float16"]
-    base_dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
+    base_dtype: Dtype
     attention: str
     quantizer: str | None
     max_tokens: int
@@ -72,3 +55,328 @@ class Plan:
     memory: MemoryEstimate
     cost: CostEstimate
     reasons: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: tuples are lists, and the memory's total stands beside its parts."""
+        plan = asdict(self)
+        plan["memory"]["total_bytes"] = self.memory.total_bytes
+        plan["row_tokens"] = list(self.row_tokens)
+        plan["device"]["dtypes"] = list(self.device.dtypes)
+        return plan
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """(choice, value, reason) for a person, in the order in which the choices are made."""
+        memory, cost = self.memory, self.cost
+        simulated = " (simulated)" if self.device.simulated else ""
+        speed = "unknown" if cost.tokens_per_s is None else f"about {cost.tokens_per_s:,.0f} tokens/s"
+        rows = " ".join(str(length) for length in self.row_tokens)
+        values = {
+            "device": f"{self.device} {self.device.name}, {format_bytes(self.device.free_bytes)} free{simulated}",
+            "dtype": self.dtype,
+            "base_dtype": self.quantizer or self.base_dtype,
+            "attention": self.attention,
+            "threads": "unknown" if self.threads is None else str(self.threads),
+            "max_tokens": f"{self.max_tokens}",
+            "packing": "on" if self.packing else "off",
+            "row_tokens": rows,
+            "micro_tokens": f"{self.micro_tokens}",
+            "checkpointing": "on" if self.checkpointing else "off",
+            "lr": f"{self.lr:g}",
+            "memory": f"about {format_bytes(memory.total_bytes)}",
+            "speed": speed,
+            "time": format_seconds(cost.time_s),
+        }
+        return [(choice, value, self.reasons.get(choice, "")) for choice, value in values.items()]
+
+
+def format_seconds(time_s: float | None) -> str:
+    """`about 2 h 5 min`, `about 40 s`; None is `unknown`."""
+    if time_s is None:
+        return "unknown"
+    if time_s < 60:
+        return f"about {max(1, round(time_s))} s"
+    minutes = round(time_s / 60)
+    return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
+
+
+def make_plan(
+    recipe: Recipe,
+    inventory: Inventory,
+    shape: ModelShape,
+    *,
+    train_tokens: int | None = None,
+    train_rows: int | None = None,
+    longest_example: int | None = None,
+    attention: tuple[str, ...] = ("sdpa", "eager"),
+    quantizers: tuple[str, ...] = (),
+    available_threads: int | None = None,
+) -> Plan:
+    """Make every open choice of the recipe, for this machine and this model.
+
+    Args:
+        train_tokens, train_rows: of one epoch; None if the data was not read yet.
+        longest_example: in tokens, after max_tokens; None if not known.
+        attention, quantizers: what the device's backend offers, best first.
+        available_threads: cores this process may use; None if not asked.
+    Raises:
+        DeviceError: the device is not there, cannot do what was asked, or has too little memory.
+        RecipeError: the recipe asks for what the model cannot do.
+    """
+    reasons: dict[str, str] = {}
+    device, reasons["device"] = select(inventory, recipe.hardware)
+    lora = recipe.adapter if isinstance(recipe.adapter, LoRA) else None
+    rank = lora.rank if lora else None
+
+    dtype, reasons["dtype"] = _dtype(recipe, device)
+    quantizer = _quantizer(recipe, device, quantizers)
+    base_dtype: Dtype = dtype if lora else "float32"
+    reasons["base_dtype"] = _base_reason(quantizer, lora is not None)
+    chosen_attention, reasons["attention"] = _attention(recipe, device, attention)
+    threads, reasons["threads"] = _threads(recipe, available_threads)
+    max_tokens, reasons["max_tokens"] = _max_tokens(recipe, shape)
+    packing, reasons["packing"] = _packing(recipe, shape)
+    row_tokens, reasons["row_tokens"] = _row_tokens(max_tokens, longest_example, packing)
+    _check_asked_micro_tokens(recipe, row_tokens[-1])
+
+    def memory_for(micro_tokens: int, checkpointing: bool) -> MemoryEstimate:
+        return _memory(recipe, shape, dtype, chosen_attention, row_tokens[-1], micro_tokens, checkpointing)
+
+    asked = recipe.batch.micro_tokens
+    ask_checkpointing = recipe.hardware.checkpointing
+    mean_tokens = train_tokens / train_rows if train_tokens and train_rows else longest_example or max_tokens
+    micro = choose_micro_tokens(
+        memory_for,
+        free_bytes=device.free_bytes,
+        longest_row=row_tokens[-1],
+        batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
+        peak_flops=device.peak_flops,
+        checkpointing=None if ask_checkpointing == "auto" else ask_checkpointing == "on",
+        asked=None if asked == "auto" else asked,
+        remedies=_remedies(recipe, shape, device, dtype, chosen_attention, quantizers, row_tokens[-1]),
+    )
+    reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.checkpointing_reason
+    lr, reasons["lr"] = _lr(recipe, lora is not None)
+
+    cost = estimate_cost(
+        shape,
+        row_tokens=row_tokens[-1],
+        checkpointing=micro.checkpointing,
+        lora_rank=rank,
+        peak_flops=device.peak_flops if dtype == device.dtypes[0] else None,
+        total_tokens=_total_tokens(recipe, train_tokens, train_rows),
+    )
+    memory = micro.memory
+    reasons["memory"] = (
+        f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
+        f"optimizer {format_bytes(memory.optimizer_bytes)}, activations {format_bytes(memory.activations_bytes)}, "
+        f"logits {format_bytes(memory.logits_bytes)}, libraries {format_bytes(memory.runtime_bytes)}"
+    )
+    reasons["speed"] = (
+        f"{cost.flops_per_token / 1e9:.2g} GFLOP a token; a first guess from the measured matrix product"
+        if cost.tokens_per_s is not None
+        else f"no matrix product was measured in {dtype} on this device"
+    )
+    reasons["time"] = (
+        "for the whole run, without loading and evaluation" if cost.time_s is not None else "the speed or the data is not known yet"
+    )
+
+    return Plan(
+        device=device,
+        world_size=1,
+        dtype=dtype,
+        base_dtype=base_dtype,
+        attention=chosen_attention,
+        quantizer=quantizer,
+        max_tokens=max_tokens,
+        row_tokens=row_tokens,
+        micro_tokens=micro.micro_tokens,
+        batch_size=recipe.batch.size,
+        packing=packing,
+        checkpointing=micro.checkpointing,
+        threads=threads,
+        lr=lr,
+        memory=memory,
+        cost=cost,
+        reasons=reasons,
+    )
+
+
+def _dtype(recipe: Recipe, device: Device) -> tuple[Dtype, str]:
+    asked = recipe.model.dtype
+    if asked != "auto":
+        if asked not in device.dtypes:
+            raise DeviceError(
+                f"model.dtype={asked} does not train on {device} ({device.name})",
+                why="it trains well in "
+                + ", ".join(device.dtypes)
+                + ("; float16 overflows without loss scaling" if asked == "float16" else ""),
+                fix=f"set model.dtype to {device.dtypes[0]}, or auto",
+            )
+        return asked, "the recipe asks for it"
+    for dtype in device.dtypes:
+        if dtype == "bfloat16":
+            return dtype, f"the fastest dtype that trains well on {device}"
+        if dtype == "float32":
+            slower = "bfloat16 was not clearly faster here" if "bfloat16" in device.dtypes else "bfloat16 is not native here"
+            return dtype, slower
+    raise DeviceError(
+        f"{device} ({device.name}) trains in neither float32 nor bfloat16",
+        why="it offers " + (", ".join(device.dtypes) or "no dtype at all"),
+        fix="choose another device with hardware.kind",
+    )
+
+
+def _quantizer(recipe: Recipe, device: Device, quantizers: tuple[str, ...]) -> str | None:
+    if not recipe.model.load_in_4bit:
+        return None
+    if "nf4" not in quantizers:
+        raise DeviceError(
+            f"model.load_in_4bit=true, but {device} cannot hold a base in 4 bits",
+            why="NF4 needs bitsandbytes with support for this device, which is not here",
+            fix="pip install bitsandbytes, or set model.load_in_4bit to false",
+        )
+    return "nf4"
+
+
+def _base_reason(quantizer: str | None, lora: bool) -> str:
+    if quantizer:
+        return "the recipe asks for 4 bits; products are computed in dtype"
+    return "frozen, so the dtype of the arithmetic is enough" if lora else "every weight trains: small updates need float32"
+
+
+def _base_bytes_each(shape: ModelShape, base_dtype: Dtype, quantizer: str | None) -> float:
+    if quantizer is None:
+        return _BYTES_EACH[base_dtype]
+    linears = sum(n_in * n_out for n_in, n_out in shape.linears)  # embeddings and norms stay as they are
+    return (linears * _NF4_BYTES_EACH + (shape.parameters - linears) * _BYTES_EACH[base_dtype]) / shape.parameters
+
+
+def _attention(recipe: Recipe, device: Device, offered: tuple[str, ...]) -> tuple[str, str]:
+    asked = recipe.model.attention
+    if asked == "auto":
+        return offered[0], "the first that the device offers"
+    if asked not in offered:
+        raise DeviceError(
+            f"model.attention={asked} is not offered on {device}",
+            why="here are "
+            + ", ".join(offered)
+            + ("; flash_attention_2 needs a CUDA device and the package flash-attn" if "flash" in asked else ""),
+            fix=f"set model.attention to {offered[0]}, or auto",
+        )
+    return asked, "the recipe asks for it"
+
+
+def _threads(recipe: Recipe, available: int | None) -> tuple[int | None, str]:
+    if recipe.hardware.threads is not None:
+        return recipe.hardware.threads, "the recipe asks for it"
+    return available, "all cores that this process may use" if available is not None else "decided when the backend opens"
+
+
+def _max_tokens(recipe: Recipe, shape: ModelShape) -> tuple[int, str]:
+    asked = recipe.model.max_tokens
+    if asked == "auto":
+        if shape.max_tokens < USUAL_TOKENS:
+            return shape.max_tokens, "the longest position the model was made for"
+        return USUAL_TOKENS, f"enough for most data; the model could do {shape.max_tokens}"
+    if asked > shape.max_tokens:
+        raise RecipeError(
+            f"model.max_tokens={asked}, but {shape.name} was made for {shape.max_tokens}",
+            why="positions it never saw make it worse, without any error",
+            fix=f"set model.max_tokens to {shape.max_tokens} or less",
+        )
+    return asked, "the recipe asks for it"
+
+
+def _packing(recipe: Recipe, shape: ModelShape) -> tuple[bool, str]:
+    asked = recipe.data.packing
+    if asked == "auto":
+        if shape.packs:
+            return True, "the model keeps the examples of a row apart, so less is padded"
+        return False, f"{shape.family} carries state from one example of a row into the next"
+    if asked == "on" and not shape.packs:
+        raise RecipeError(
+            f"data.packing=on, but {shape.name} ({shape.family}) cannot keep packed examples apart",
+            why="its layers carry state along the row, so each example would see the one before it",
+            fix="set data.packing to off, or auto",
+        )
+    return asked == "on", "the recipe asks for it"
+
+
+def _row_tokens(max_tokens: int, longest_example: int | None, packing: bool) -> tuple[tuple[int, ...], str]:
+    if longest_example is None:
+        return row_lengths(max_tokens), "a few fixed lengths up to max_tokens, so that few shapes are compiled"
+    if packing:
+        lengths = row_lengths(max_tokens, longest_example * PACKED_ROW_EXAMPLES)
+        return lengths, f"room for several of the longest examples ({longest_example} tokens), up to max_tokens"
+    return row_lengths(
+        max_tokens, longest_example
+    ), f"a few fixed lengths; the longest example has {min(longest_example, max_tokens)} tokens"
+
+
+def _check_asked_micro_tokens(recipe: Recipe, longest_row: int) -> None:
+    asked = recipe.batch.micro_tokens
+    if asked != "auto" and asked < longest_row:
+        raise RecipeError(
+            f"batch.micro_tokens={asked} is less than the longest row, {longest_row} tokens",
+            why="a row is never cut, so the device must take at least one at once",
+            fix=f"set batch.micro_tokens to {longest_row} or more, or model.max_tokens to {asked} or less",
+        )
+
+
+def _remedies(
+    recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype, attention: str, quantizers: tuple[str, ...], longest_row: int
+) -> tuple[str, ...]:
+    """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each."""
+    again = recipe.hardware.checkpointing != "off"
+    budget = device.free_bytes * HEADROOM
+
+    def fits(changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, checkpointing: bool = again) -> bool:
+        return _memory(changed, shape, arithmetic, attention, row, row, checkpointing).total_bytes <= budget
+
+    remedies: list[str] = []
+    if recipe.batch.micro_tokens != "auto" and fits(recipe):
+        remedies.append("set batch.micro_tokens to auto")
+    if not again and fits(recipe, checkpointing=True):
+        remedies.append("set hardware.checkpointing to auto")
+    if dtype == "float32" and "bfloat16" in device.dtypes and fits(recipe, arithmetic="bfloat16"):
+        remedies.append("set model.dtype to bfloat16")
+    if not isinstance(recipe.adapter, LoRA) and fits(recipe.model_copy(update={"adapter": LoRA()})):
+        remedies.append("set adapter.kind to lora")
+    four_bits = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": True}), "adapter": LoRA()})
+    if not recipe.model.load_in_4bit and "nf4" in quantizers and fits(four_bits):
+        remedies.append("set model.load_in_4bit to true" + ("" if isinstance(recipe.adapter, LoRA) else " and adapter.kind to lora"))
+    shorter = next((n for n in reversed(round_lengths(longest_row)) if n < longest_row and fits(recipe, row=n)), None)
+    if shorter:
+        remedies.append(f"set model.max_tokens to {shorter}")
+    return tuple(remedies)
+
+
+def _memory(
+    recipe: Recipe, shape: ModelShape, dtype: Dtype, attention: str, row_tokens: int, micro_tokens: int, checkpointing: bool
+) -> MemoryEstimate:
+    rank = recipe.adapter.rank if isinstance(recipe.adapter, LoRA) else None
+    return estimate_memory(
+        shape,
+        trainable_parameters=shape.lora_parameters(rank) if rank else shape.parameters,
+        base_bytes_each=_base_bytes_each(shape, dtype, "nf4" if recipe.model.load_in_4bit else None) if rank else 4,
+        micro_tokens=micro_tokens,
+        row_tokens=row_tokens,
+        checkpointing=checkpointing,
+        attention=attention,
+        compute_bytes_each=_BYTES_EACH[dtype],
+        lora_rank=rank,
+    )
+
+
+def _lr(recipe: Recipe, lora: bool) -> tuple[float, str]:
+    if recipe.optim.lr != "auto":
+        return recipe.optim.lr, "the recipe asks for it"
+    return (2e-4, "usual for LoRA") if lora else (2e-5, "usual when every weight trains")
+
+
+def _total_tokens(recipe: Recipe, train_tokens: int | None, train_rows: int | None) -> int | None:
+    if train_tokens is None:
+        return None
+    if recipe.optim.steps is None:
+        return round(train_tokens * recipe.optim.epochs)
+    return round(recipe.optim.steps * recipe.batch.size * train_tokens / train_rows) if train_rows else None

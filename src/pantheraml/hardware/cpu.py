@@ -1,0 +1,182 @@
+"""The CPU: always there, and the reference that every other device is compared with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import psutil
+import torch
+
+from pantheraml.hardware.backend import MemoryUse
+from pantheraml.hardware.device import Absent, Device
+from pantheraml.hardware.speed import matmul_flops, matmul_seconds
+from pantheraml.recipe.types import Kind
+
+_PROBE_SIZE = 768  # a few milliseconds a product
+_CLEARLY_FASTER = 1.2  # bfloat16 must win by more than the clock's noise: 2 to 4 with AVX512-BF16 or AMX, below 1 without
+
+
+class CpuBackend:
+    """One device, `cpu:0`, whatever the number of sockets."""
+
+    kind: Kind = "cpu"
+    collective = "gloo"
+    static_shapes = False
+    attention = ("sdpa", "eager")
+    quantizers = ("nf4",)
+
+    def probe(self) -> tuple[Device, ...] | Absent:
+        """Time a product in float32 and bfloat16 (0.1 s); the faster is named first."""
+        cpu = torch.device("cpu")
+        float32_s = matmul_seconds(cpu, torch.float32, _PROBE_SIZE, self.synchronize)
+        bfloat16_s = matmul_seconds(cpu, torch.bfloat16, _PROBE_SIZE, self.synchronize)
+        low_first = bfloat16_s * _CLEARLY_FASTER < float32_s
+        total, free = usable_memory()
+        device = Device(
+            kind="cpu",
+            index=0,
+            name=cpu_name(),
+            memory_bytes=total,
+            free_bytes=free,
+            dtypes=("bfloat16", "float32") if low_first else ("float32", "bfloat16"),
+            peak_flops=matmul_flops(bfloat16_s if low_first else float32_s, _PROBE_SIZE),
+        )
+        return (device,)
+
+    def torch_device(self, index: int) -> torch.device:
+        """`cpu`; there is one, so any other index is a ValueError."""
+        if index != 0:
+            raise ValueError(f"there is one CPU device, index 0, not {index}")
+        return torch.device("cpu")
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """Matrix products in `dtype`. float32: does nothing."""
+        return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+
+    def seed(self, seed: int) -> None:
+        """Set torch's generator, which dropout and initial weights draw from."""
+        torch.manual_seed(seed)
+
+    def set_threads(self, threads: int | None) -> int:
+        """Threads of torch's operators. None: the cores that this process may use."""
+        torch.set_num_threads(usable_cores() if threads is None else threads)
+        return torch.get_num_threads()
+
+    def synchronize(self) -> None:
+        """Nothing: operators return when they are done."""
+
+    def memory(self, index: int) -> MemoryUse:
+        """Resident memory of this process, and what it may still take."""
+        used = psutil.Process().memory_info().rss
+        return MemoryUse(used_bytes=used, peak_bytes=max(used, _peak_resident()), free_bytes=usable_memory()[1])
+
+    def reset_peak(self, index: int) -> None:
+        """Start the peak anew. Where the kernel does not allow it, the peak stays that of the whole process."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+        except OSError:
+            return
+
+    def empty_cache(self) -> None:
+        """Nothing: the allocator keeps none that torch could return."""
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an allocation failed. The kernel may also end the process, which nobody can catch."""
+        return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As the kernel reports it ("AMD EPYC ..."); elsewhere as Python does."""
+    try:
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Hardware", "cpu model") and value.strip():
+                return value.strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def usable_cores(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores this process may run on: its affinity, and no more than the container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cgroup_folders(root, membership, "cpu"):
+        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if quota is None or period is None:
+            quota, period = _number(folder / "cpu.max"), _number(folder / "cpu.max", word=1)
+        if quota and period and quota > 0:
+            cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def usable_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:
+    """(all, free) bytes that this process may really use: the machine's, or the container's limit where that is lower.
+
+    A container sees the machine's memory in /proc/meminfo, but is killed at the limit of its control group (v1 or v2).
+    """
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for folder in _cgroup_folders(root, membership, "memory"):
+        for limit_file, used_file, reclaimable in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit = _number(folder / limit_file)
+            if limit is None or limit >= machine.total:
+                continue  # v1 writes "no limit" as a number near 2**63
+            used = (_number(folder / used_file) or 0) - _entry(folder / "memory.stat", reclaimable)
+            total, free = min(total, limit), min(free, max(0, limit - max(0, used)))
+    return total, free
+
+
+def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:
+    """The folders of this process's control groups, v1 and v2, from the innermost up: the tightest limit counts."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []  # not Linux
+    folders: list[Path] = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, inner = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / controllers if controllers else root  # v2 has no controllers in its line
+        if controllers and not base.is_dir():
+            base = root / controller
+        # In a container the path is often that of the host, and only the root is visible: missing folders have no numbers.
+        below = Path(inner.strip().lstrip("/"))
+        folders += [base] if ".." in below.parts else [base / part for part in (below, *below.parents)]
+    return folders
+
+
+def _number(path: Path, *, word: int = 0) -> int | None:
+    """The integer at `word` of a one-line file; None for "max", for another text, or without the file."""
+    try:
+        return int(path.read_text().split()[word])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _entry(path: Path, key: str) -> int:
+    try:
+        pairs = dict(line.split(maxsplit=1) for line in path.read_text().splitlines() if " " in line)
+        return int(pairs.get(key, 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def _peak_resident() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

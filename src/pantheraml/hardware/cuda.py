@@ -1,0 +1,123 @@
+"""NVIDIA GPUs, and AMD's through ROCm, which torch addresses by the same name. The only file that spells torch.cuda."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+
+import torch
+
+from pantheraml.hardware.backend import MemoryUse
+from pantheraml.hardware.device import Absent, Device
+from pantheraml.hardware.speed import matmul_flops, matmul_seconds
+from pantheraml.recipe.types import Kind
+
+_PROBE_SIZE = 4096
+_CUDA_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+
+
+class CudaBackend:
+    """GPUs that torch reaches through CUDA or ROCm."""
+
+    kind: Kind = "cuda"
+    collective = "nccl"
+    static_shapes = False
+    quantizers = ("nf4",)
+
+    def __init__(self) -> None:
+        self.attention = ("flash_attention_2", "sdpa", "eager") if find_spec("flash_attn") else ("sdpa", "eager")
+
+    def probe(self) -> tuple[Device, ...] | Absent:
+        """Multiply matrices on each GPU. An old driver, no driver and a torch without CUDA are told apart."""
+        if torch.version.cuda is None and torch.version.hip is None:
+            if shutil.which("nvidia-smi"):
+                return Absent(
+                    kind="cuda", why=f"an NVIDIA driver is here, but torch {torch.__version__} was built without CUDA", fix=_CUDA_BUILD
+                )
+            return Absent(
+                kind="cuda",
+                why=f"torch {torch.__version__} was built without CUDA, and no nvidia-smi was found",
+                fix=f"with an NVIDIA GPU install its driver, then {_CUDA_BUILD}",
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the reason is asked for below
+            available = torch.cuda.is_available()
+        if not available:
+            return Absent(kind="cuda", why=_why_not(), fix="install or update the GPU's driver until nvidia-smi (rocm-smi) lists the GPU")
+        return tuple(self._describe(index) for index in range(torch.cuda.device_count()))
+
+    def _describe(self, index: int) -> Device:
+        properties = torch.cuda.get_device_properties(index)
+        with torch.cuda.device(index):
+            # bfloat16 is native from compute capability 8.0 on. Older GPUs have only float16, which needs loss
+            # scaling to train; we have none, so they train in float32.
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtypes = ("bfloat16", "float32") if native else ("float32",)
+            dtype = torch.bfloat16 if native else torch.float32
+            seconds = matmul_seconds(torch.device("cuda", index), dtype, _PROBE_SIZE, self.synchronize)
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(index)
+        return Device(
+            kind="cuda",
+            index=index,
+            name=properties.name,
+            memory_bytes=total,
+            free_bytes=free,
+            dtypes=dtypes,
+            peak_flops=matmul_flops(seconds, _PROBE_SIZE),
+        )
+
+    def torch_device(self, index: int) -> torch.device:
+        """`cuda:index`, which also becomes the current one that synchronize and empty_cache act on."""
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """Matrix products in `dtype`. float32: does nothing."""
+        return nullcontext() if dtype == torch.float32 else torch.autocast("cuda", dtype=dtype)
+
+    def seed(self, seed: int) -> None:
+        """Set the generators of the CPU and of every GPU."""
+        torch.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)
+
+    def set_threads(self, threads: int | None) -> int:
+        """Torch's own number is kept unless one is given: the work is on the GPU."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return torch.get_num_threads()
+
+    def synchronize(self) -> None:
+        """Wait for the current GPU."""
+        torch.cuda.synchronize()
+
+    def memory(self, index: int) -> MemoryUse:
+        """What torch's tensors hold, held at most, and what the driver has left."""
+        return MemoryUse(
+            used_bytes=torch.cuda.memory_allocated(index),
+            peak_bytes=torch.cuda.max_memory_allocated(index),
+            free_bytes=torch.cuda.mem_get_info(index)[0],
+        )
+
+    def reset_peak(self, index: int) -> None:
+        """Start the peak anew."""
+        torch.cuda.reset_peak_memory_stats(index)
+
+    def empty_cache(self) -> None:
+        """Give cached blocks back to the driver."""
+        torch.cuda.empty_cache()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether the GPU's memory ran out."""
+        return isinstance(error, torch.OutOfMemoryError)
+
+
+def _why_not() -> str:
+    """The driver's own words: none found, too old, or no GPU behind it."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0]
+    return "the driver answers, but lists no GPU"

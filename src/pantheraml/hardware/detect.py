@@ -1,0 +1,37 @@
+"""What this machine has: every kind of device is asked, and each answers or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pantheraml.hardware.backend import BACKENDS, open_backend
+from pantheraml.hardware.device import Absent, Device, Inventory
+from pantheraml.recipe.types import Kind
+
+
+def detect(kinds: Iterable[Kind] | None = None) -> Inventory:
+    """Ask the given kinds (default: all) in the order of preference. Takes about a second, most of it torch's import."""
+    wanted = set(BACKENDS if kinds is None else kinds)
+    devices: list[Device] = []
+    absent: list[Absent] = []
+    for kind in BACKENDS:
+        if kind not in wanted:
+            continue
+        try:
+            answer = open_backend(kind).probe()
+        except (ImportError, OSError, RuntimeError) as error:
+            # A driver that breaks while it is asked must not hide the other devices.
+            answer = Absent(
+                kind=kind,
+                why=f"it did not answer: {_first_line(error)}",
+                fix=f"repair the {kind} driver or torch, then run pantheraml doctor",
+            )
+        if isinstance(answer, Absent):
+            absent.append(answer)
+        else:
+            devices.extend(answer)
+    return Inventory(devices=tuple(devices), absent=tuple(absent))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

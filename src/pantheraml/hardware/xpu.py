@@ -1,0 +1,101 @@
+"""Intel GPUs. The only file that spells torch.xpu."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from pantheraml.hardware.backend import MemoryUse
+from pantheraml.hardware.device import Absent, Device
+from pantheraml.hardware.speed import matmul_flops, matmul_seconds
+from pantheraml.recipe.types import Kind
+
+_PROBE_SIZE = 4096
+
+
+class XpuBackend:
+    """GPUs that torch reaches through Intel's Level Zero."""
+
+    kind: Kind = "xpu"
+    collective = "xccl"
+    static_shapes = False
+    attention = ("sdpa", "eager")
+    quantizers = ("nf4",)
+
+    def probe(self) -> tuple[Device, ...] | Absent:
+        """Multiply matrices on each GPU. A torch without XPU and a missing driver are told apart."""
+        if torch.version.xpu is None:
+            return Absent(
+                kind="xpu",
+                why=f"torch {torch.__version__} was built without XPU",
+                fix="with an Intel GPU install its driver, then pip install torch --index-url https://download.pytorch.org/whl/xpu",
+            )
+        if not torch.xpu.is_available():
+            return Absent(
+                kind="xpu", why="torch was built for XPU, but the driver lists no Intel GPU", fix="install Intel's GPU driver (Level Zero)"
+            )
+        return tuple(self._describe(index) for index in range(torch.xpu.device_count()))
+
+    def _describe(self, index: int) -> Device:
+        properties = torch.xpu.get_device_properties(index)
+        with torch.xpu.device(index):
+            native = torch.xpu.is_bf16_supported(including_emulation=False)
+            dtypes = ("bfloat16", "float32") if native else ("float32",)
+            dtype = torch.bfloat16 if native else torch.float32
+            seconds = matmul_seconds(torch.device("xpu", index), dtype, _PROBE_SIZE, self.synchronize)
+            torch.xpu.empty_cache()
+            free, total = torch.xpu.mem_get_info(index)
+        return Device(
+            kind="xpu",
+            index=index,
+            name=properties.name,
+            memory_bytes=total,
+            free_bytes=free,
+            dtypes=dtypes,
+            peak_flops=matmul_flops(seconds, _PROBE_SIZE),
+        )
+
+    def torch_device(self, index: int) -> torch.device:
+        """`xpu:index`, which also becomes the current one that synchronize and empty_cache act on."""
+        torch.xpu.set_device(index)
+        return torch.device("xpu", index)
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """Matrix products in `dtype`. float32: does nothing."""
+        return nullcontext() if dtype == torch.float32 else torch.autocast("xpu", dtype=dtype)
+
+    def seed(self, seed: int) -> None:
+        """Set the generators of the CPU and of every GPU."""
+        torch.manual_seed(seed)
+        torch.xpu.manual_seed_all(seed)
+
+    def set_threads(self, threads: int | None) -> int:
+        """Torch's own number is kept unless one is given: the work is on the GPU."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return torch.get_num_threads()
+
+    def synchronize(self) -> None:
+        """Wait for the current GPU."""
+        torch.xpu.synchronize()
+
+    def memory(self, index: int) -> MemoryUse:
+        """What torch's tensors hold, held at most, and what the driver has left."""
+        return MemoryUse(
+            used_bytes=torch.xpu.memory_allocated(index),
+            peak_bytes=torch.xpu.max_memory_allocated(index),
+            free_bytes=torch.xpu.mem_get_info(index)[0],
+        )
+
+    def reset_peak(self, index: int) -> None:
+        """Start the peak anew."""
+        torch.xpu.reset_peak_memory_stats(index)
+
+    def empty_cache(self) -> None:
+        """Give cached blocks back to the driver."""
+        torch.xpu.empty_cache()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether the GPU's memory ran out."""
+        return isinstance(error, torch.OutOfMemoryError)

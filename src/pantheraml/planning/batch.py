@@ -1,0 +1,134 @@
+"""Which static shapes a run uses, and how many tokens the device takes at once. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pantheraml.errors import DeviceError
+from pantheraml.planning.memory import MemoryEstimate, format_bytes
+
+SHORTEST_ROW = 64
+MOST_LENGTHS = 6
+HEADROOM = 0.8
+"""Share of the free memory that a plan may fill: the estimate is within about a tenth, allocators leave gaps."""
+BUSY_TOKENS = 4096
+"""Tokens after which more at once bring nothing on a slow device: matrix products are already at full speed."""
+BUSY_TOKENS_FAST = 16384
+FAST_FLOPS = 1e13
+"""Above 10 TFLOP/s a micro-batch of BUSY_TOKENS may end before the next kernels are launched, so more is taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """What fits: tokens at once, whether layers are computed again, the estimate, and the reasons."""
+
+    micro_tokens: int
+    checkpointing: bool
+    memory: MemoryEstimate
+    reason: str
+    checkpointing_reason: str
+
+
+Estimate = Callable[[int, bool], MemoryEstimate]
+"""(micro_tokens, checkpointing) -> bytes."""
+
+
+def round_lengths(longest: int, *, start: int = SHORTEST_ROW) -> tuple[int, ...]:
+    """Powers of two and the points half-way between them (64, 96, 128, 192, ...), up to the first that holds `longest`."""
+    lengths = [start]
+    while lengths[-1] < longest:
+        last = lengths[-1]
+        lengths.append(last * 3 // 2 if last & (last - 1) == 0 else last * 4 // 3)
+    return tuple(lengths)
+
+
+def row_lengths(max_tokens: int, longest_example: int | None = None) -> tuple[int, ...]:
+    """The static row lengths of a run, rising, at most MOST_LENGTHS of them; the last holds the longest example.
+
+    Args:
+        max_tokens: no row is longer. longest_example: in tokens; None if not known yet.
+
+    Each length is a shape to compile or to warm up, and each gap between two is padding: powers of two and the
+    points half-way waste at most a third, and beyond MOST_LENGTHS the short ones are thinned out first.
+    """
+    longest = max_tokens if longest_example is None else min(max(longest_example, 1), max_tokens)
+    lengths = [*(n for n in round_lengths(longest)[:-1] if n < max_tokens), min(round_lengths(longest)[-1], max_tokens)]
+    # Drop the half-way points from the short end, then the shortest: padding a short row costs little.
+    for half_way in [n for n in lengths[:-1] if n & (n - 1)]:
+        if len(lengths) > MOST_LENGTHS:
+            lengths.remove(half_way)
+    return tuple(lengths[-MOST_LENGTHS:])
+
+
+def choose_micro_tokens(
+    estimate: Estimate,
+    *,
+    free_bytes: int,
+    longest_row: int,
+    batch_tokens: int,
+    peak_flops: float | None,
+    checkpointing: bool | None,
+    asked: int | None = None,
+    remedies: tuple[str, ...] = (),
+) -> MicroBatch:
+    """The most tokens at once that fit into HEADROOM of the free memory and still make the step faster.
+
+    Args:
+        estimate: bytes for (micro_tokens, checkpointing).
+        longest_row: tokens of the longest row; one of them is the least that can be taken.
+        batch_tokens: tokens in one optimizer step; more than a step cannot be taken at once.
+        peak_flops: of the device, or None.
+        checkpointing: True or False as asked; None: only if not even one row fits without.
+        asked: micro_tokens of the recipe, taken as it is; refused only over all of the free memory.
+        remedies: what would make it fit, best first, for the error.
+    Raises: DeviceError with the numbers, if it does not fit.
+    """
+    budget = free_bytes if asked else int(free_bytes * HEADROOM)
+    busy = BUSY_TOKENS_FAST if peak_flops is not None and peak_flops >= FAST_FLOPS else BUSY_TOKENS
+    cap = max(longest_row, min(busy, batch_tokens))
+    sizes = (
+        (asked,)
+        if asked
+        else tuple(dict.fromkeys([*(n for n in reversed(round_lengths(cap, start=64)) if longest_row < n <= cap), longest_row]))
+    )
+
+    for again in (False, True) if checkpointing is None else (checkpointing,):
+        for tokens in sizes:
+            memory = estimate(tokens, again)
+            if memory.total_bytes <= budget:
+                return _chosen(
+                    tokens, again, memory, asked=asked, cap=cap, busy=busy, free_bytes=free_bytes, given=checkpointing is not None
+                )
+
+    least = estimate(sizes[-1], checkpointing is not False)
+    with_checkpointing = "" if checkpointing is False else " even with checkpointing"
+    raise DeviceError(
+        f"training needs {format_bytes(least.total_bytes)}{with_checkpointing}, and the device has {format_bytes(free_bytes)} free"
+        + ("" if asked else f", of which a plan fills {HEADROOM:.0%}"),
+        why=f"for {sizes[-1]} tokens at once: weights {format_bytes(least.weights_bytes)}, gradients {format_bytes(least.gradients_bytes)}, "
+        f"optimizer {format_bytes(least.optimizer_bytes)}, activations {format_bytes(least.activations_bytes)}, "
+        f"logits {format_bytes(least.logits_bytes)}, libraries {format_bytes(least.runtime_bytes)}",
+        fix="; or ".join(remedies) or "choose a smaller model, or a device with more memory",
+    )
+
+
+def _chosen(
+    tokens: int, again: bool, memory: MemoryEstimate, *, asked: int | None, cap: int, busy: int, free_bytes: int, given: bool
+) -> MicroBatch:
+    need = f"{format_bytes(memory.total_bytes)} of {format_bytes(free_bytes)} free"
+    if asked:
+        reason = f"the recipe asks for it; needs about {need}"
+    elif tokens < cap:
+        reason = f"the most that fits: about {need}, of which {HEADROOM:.0%} may be filled"
+    elif tokens >= busy:
+        reason = f"the device is busy with that many, more at once would only take memory; needs about {need}"
+    else:
+        reason = f"a whole step is not longer; needs about {need}"
+    if given:
+        why = "the recipe asks for it"
+    elif again:
+        why = "not even one row fits without it; costs about a third more time"
+    else:
+        why = "what backward needs fits into memory, so nothing is computed twice"
+    return MicroBatch(micro_tokens=tokens, checkpointing=again, memory=memory, reason=reason, checkpointing_reason=why)
