@@ -86,7 +86,7 @@ class _Asked:
     values: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     mistakes: list[Mistake] = field(default_factory=list[Mistake])
-    spoilt: set[str] = field(default_factory=set[str])  # sections that were given, but not as sections
+    spoilt: set[str] = field(default_factory=set[str])  # sections and keys that were given, but cannot be used
 
     def mistake(self, place: Place, what: str, *, why: str, fix: str) -> None:
         self.mistakes.append(Mistake(place, what, why, fix))
@@ -104,7 +104,7 @@ class _Asked:
             place = self.place(section)
             if section not in SECTIONS:
                 self.unknown(section, place, value)
-            elif value is None:  # `optim:` with nothing under it
+            elif value is None or section in self.spoilt:  # None: `optim:` with nothing under it
                 continue
             elif not isinstance(value := expanded(section, value), dict):
                 self.spoilt.add(section)
@@ -119,7 +119,8 @@ class _Asked:
                 self.values[section] = {}
                 for last, leaf in cast("dict[str, Any]", value).items():
                     if f"{section}.{last}" in keys():
-                        self.values[section][last] = leaf
+                        if f"{section}.{last}" not in self.spoilt:
+                            self.values[section][last] = leaf
                     else:
                         self.unknown(f"{section}.{last}", self.place(f"{section}.{last}"), leaf)
 
@@ -191,6 +192,7 @@ class _Asked:
             why="a recipe holds text, numbers, true, false, null and lists, and nothing that a tag could make",
             fix="remove the tag",
         )
+        self.spoilt.add(name.split("[")[0])
         return None
 
     def read_mapping(self, node: yaml.MappingNode, name: str) -> dict[str, Any]:
@@ -245,20 +247,20 @@ class _Asked:
             )
             return
         if name in SECTIONS:
-            self.spoilt.discard(section)
             self._forget(section)
             self.places[section] = place
             self.put({section: value})
         elif name in keys():
+            self._forget(name)
             if section not in self.spoilt:
                 self.values.setdefault(section, {})[last] = value
-            self._forget(name)
             self.places[name] = place
         else:
             self.unknown(name, place, value, suffix=f"={raw}")
 
     def _forget(self, name: str) -> None:
-        """Drop the places of what is overridden."""
+        """Drop what is known of a place that is overridden."""
+        self.spoilt = {known for known in self.spoilt if known != name and not known.startswith(f"{name}.")}
         self.places = {known: at for known, at in self.places.items() if known != name and not known.startswith((f"{name}.", f"{name}["))}
 
     def read_word(self, raw: str, name: str, place: Place) -> Any:
@@ -283,7 +285,7 @@ def _checked(asked: _Asked, overrides: Sequence[str]) -> Recipe:
         if section in asked.spoilt or (section not in asked.values and section not in EXAMPLES):
             continue
         for key in keys().values():
-            if key.section == section and key.required and key.last not in asked.values.get(section, {}):
+            if key.section == section and key.required and key.name not in asked.spoilt and key.last not in asked.values.get(section, {}):
                 asked.mistake(
                     asked.place(section),
                     f"the recipe names no {section}" if section not in asked.values else f"{key.name} is missing",

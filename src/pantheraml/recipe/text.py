@@ -65,7 +65,7 @@ def syntax_error(source: str, error: yaml.MarkedYAMLError) -> RecipeError:
     """What the YAML parser met, with its line and column."""
     mark = error.problem_mark or error.context_mark
     place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-    problem = error.problem or error.context or "it cannot be read"
+    problem = (error.problem or error.context or "it cannot be read").removeprefix("but ")
     fix = "check the line and the one above: quotes and brackets closed, a space after each colon, keys of one section equally indented"
     if "'\\t'" in problem:
         fix = "indent with spaces: YAML does not allow tabs"
@@ -133,7 +133,9 @@ class Writer(yaml.SafeDumper):
 
 
 def _write_text(writer: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return cast("Any", writer).represent_scalar(TEXT, text, style="'" if tag_of(text) != TEXT else None)
+    # PyYAML folds the line breaks of Unicode (U+0085, U+2028) into spaces unless they are escaped.
+    style = '"' if not text.isprintable() else "'" if tag_of(text) != TEXT else None
+    return cast("Any", writer).represent_scalar(TEXT, text, style=style)
 
 
 Writer.add_representer(str, _write_text)
