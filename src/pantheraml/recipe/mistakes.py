@@ -66,7 +66,6 @@ _OTHER_WORDS = {
     "f16": "float16",
     "half": "float16",
     "fp32": "float32",
-    "gpu": "cuda",
     "flash_attn": "flash_attention_2",
     "flash": "flash_attention_2",
     "chatml": "messages",
