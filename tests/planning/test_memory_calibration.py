@@ -133,8 +133,7 @@ def test_activations_are_the_peak_of_a_step(family: str, lora: bool, dtype: torc
     estimate = estimate_memory(
         shape,
         trainable_parameters=shape.lora_parameters(RANK) if lora else shape.parameters,
-        base_bytes_each=0,
-        train_bytes_each=0,
+        base_bytes_each=dtype.itemsize,
         micro_tokens=ROWS * ROW_TOKENS,
         row_tokens=ROW_TOKENS,
         checkpointing=checkpointing,
@@ -143,6 +142,4 @@ def test_activations_are_the_peak_of_a_step(family: str, lora: bool, dtype: torc
         lora_rank=RANK if lora else None,
         runtime_bytes=0,
     )
-    # Weights at 0 bytes leave the casts that autocast keeps; the output head is not run here.
-    casts = estimate.weights_bytes - (2 * shape.vocab * shape.hidden if not lora and dtype == torch.bfloat16 else 0)
-    assert estimate.activations_bytes + casts == pytest.approx(live.peak, rel=0.15)
+    assert estimate.activations_bytes == pytest.approx(live.peak, rel=0.15)

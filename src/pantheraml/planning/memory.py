@@ -25,7 +25,7 @@ _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes at the busiest moment of a step, by what holds them."""
+    """Bytes at the busiest moment of a step, by what holds them; casts of trained weights are with the activations."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -128,24 +128,29 @@ def estimate_memory(
     full, low = lora_rank is None, compute_bytes_each < 4
     frozen = shape.parameters - trainable_parameters if full else shape.parameters
     weights = int(frozen * base_bytes_each) + trainable_parameters * train_bytes_each
-    if low:
-        # Autocast keeps its casts of the trained matrices until the step's forward is over.
-        matrices = sum(n_in * n_out for n_in, n_out in shape.linears) + shape.vocab * shape.hidden
-        weights += compute_bytes_each * (matrices if full else trainable_parameters)
+    # Autocast casts each trained matrix once and keeps the casts until the forward is over, or until backward where autograd needs them.
+    matrices = sum(n_in * n_out for n_in, n_out in shape.linears) + shape.vocab * shape.hidden
+    casts = compute_bytes_each * (matrices if full else trainable_parameters) if low else 0
 
     layer = layer_bytes_per_token(
         shape, compute_bytes_each=compute_bytes_each, row_tokens=row_tokens, attention=attention, lora_rank=lora_rank
     )
     # Between layers flows float32 if the embedding trains (it is a float32 weight), else the compute dtype.
     between = shape.hidden * (4 if full else compute_bytes_each)
-    kept = shape.layers * between + layer if checkpointing else shape.layers * layer
-    # The last norm, the loss's input and gradient; the mask; and while a layer runs, two of its widest tensors in float32.
-    ends = 3 * 4 * shape.hidden + row_tokens + 2 * 4 * max(shape.intermediate, shape.hidden)
+    if checkpointing:
+        # Busiest at the end of forward, with all casts, or in backward, with one layer computed again.
+        kept = micro_tokens * shape.layers * between + max(casts, micro_tokens * layer + casts // shape.layers)
+    else:
+        kept = micro_tokens * shape.layers * layer + casts
+    # The last norm, the loss's input and gradient; the mask; and while a layer runs, two of its widest tensors
+    # (in float32 with LoRA, because peft computes there).
+    widest = max(shape.intermediate, shape.hidden)
+    ends = 3 * 4 * shape.hidden + row_tokens + 2 * widest * (compute_bytes_each if full else 4)
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=trainable_parameters * train_bytes_each,
         optimizer_bytes=2 * trainable_parameters * train_bytes_each,
-        activations_bytes=micro_tokens * (kept + ends),
+        activations_bytes=kept + micro_tokens * ends,
         # Logits, their softmax and their gradient in float32, one chunk at a time; the head's own gradient waits for backward.
         logits_bytes=min(LOSS_CHUNK_TOKENS, micro_tokens) * shape.vocab * 4 * 3 + (shape.vocab * shape.hidden * 4 if full else 0),
         runtime_bytes=runtime_bytes,

@@ -170,6 +170,7 @@ def make_plan(
         f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
         f"optimizer {format_bytes(memory.optimizer_bytes)}, activations {format_bytes(memory.activations_bytes)}, "
         f"logits {format_bytes(memory.logits_bytes)}, libraries {format_bytes(memory.runtime_bytes)}"
+        + ("" if shape.packs else "; the states of state-space layers are not counted, so expect more")
     )
     reasons["speed"] = (
         f"{cost.flops_per_token / 1e9:.2g} GFLOP a token; a first guess from the measured matrix product"

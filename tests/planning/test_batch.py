@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+
+from pantheraml.errors import DeviceError
+from pantheraml.planning.batch import BUSY_TOKENS, BUSY_TOKENS_FAST, HEADROOM, MOST_LENGTHS, choose_micro_tokens, row_lengths
+from pantheraml.planning.memory import MemoryEstimate
+
+MIB = 1 << 20
+
+
+def estimate(micro_tokens: int, checkpointing: bool) -> MemoryEstimate:
+    """100 MiB of weights, and 1 MiB a token (a tenth of it with checkpointing)."""
+    per_token = MIB // 10 if checkpointing else MIB
+    return MemoryEstimate(
+        weights_bytes=100 * MIB,
+        gradients_bytes=0,
+        optimizer_bytes=0,
+        activations_bytes=micro_tokens * per_token,
+        logits_bytes=0,
+        runtime_bytes=0,
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [1, 48, 64, 100, 512, 1000, 2048, 8192, 131072])
+@pytest.mark.parametrize("longest", [None, 1, 63, 65, 190, 1000, 1537, 10**6])
+def test_row_lengths_rise_and_hold_the_longest_example(max_tokens: int, longest: int | None) -> None:
+    lengths = row_lengths(max_tokens, longest)
+    assert 1 <= len(lengths) <= MOST_LENGTHS
+    assert list(lengths) == sorted(set(lengths))
+    assert lengths[-1] <= max_tokens
+    assert lengths[-1] >= min(max_tokens, longest or max_tokens)
+
+
+def test_row_lengths_are_powers_of_two_and_the_points_half_way() -> None:
+    assert row_lengths(2048) == (64, 128, 256, 512, 1024, 2048)
+    assert row_lengths(2048, 190) == (64, 96, 128, 192)
+    assert row_lengths(1000) == (64, 128, 256, 512, 768, 1000)
+
+
+def choose(free_mib: int, **changes: object):
+    arguments = {"free_bytes": free_mib * MIB, "longest_row": 512, "batch_tokens": 10**6, "peak_flops": None, "checkpointing": None}
+    return choose_micro_tokens(estimate, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_micro_tokens_fill_the_memory_but_for_the_headroom() -> None:
+    chosen = choose(2048)
+    assert chosen.micro_tokens == 1536
+    assert not chosen.checkpointing
+    assert chosen.memory.total_bytes <= 2048 * MIB * HEADROOM < estimate(2048, False).total_bytes
+
+
+def test_more_memory_never_means_fewer_tokens() -> None:
+    taken = [choose(free).micro_tokens for free in range(800, 40_000, 100)]
+    assert taken == sorted(taken)
+    assert taken[-1] == BUSY_TOKENS
+
+
+def test_micro_tokens_stop_where_more_would_not_help() -> None:
+    assert choose(10**6).micro_tokens == BUSY_TOKENS
+    assert choose(10**6, peak_flops=7e14).micro_tokens == BUSY_TOKENS_FAST
+    assert choose(10**6, batch_tokens=1600).micro_tokens == 1536
+    assert choose(10**6, batch_tokens=10).micro_tokens == 512  # one row
+
+
+def test_checkpointing_comes_only_when_one_row_does_not_fit_without() -> None:
+    assert choose(800).checkpointing is False
+    chosen = choose(700)
+    assert (chosen.checkpointing, chosen.micro_tokens) == (True, 4096)
+    assert "not even one row fits" in chosen.checkpointing_reason
+    assert choose(10**6, checkpointing=True).checkpointing is True
+
+
+def test_what_is_asked_is_taken_while_it_fits_at_all() -> None:
+    assert choose(710, asked=600, checkpointing=False).micro_tokens == 600  # 700 MiB: over the headroom, under the memory
+    with pytest.raises(DeviceError) as caught:
+        choose(690, asked=600, checkpointing=False)
+    assert caught.value.what == "training needs 700 MiB, and the device has 690 MiB free"
+
+
+def test_the_refusal_names_the_numbers_and_the_remedies() -> None:
+    with pytest.raises(DeviceError) as caught:
+        choose(150, remedies=("set adapter.kind to lora", "pray"))
+    error = caught.value
+    assert error.what == "training needs 151 MiB even with checkpointing, and the device has 150 MiB free, of which a plan fills 80%"
+    assert "for 512 tokens at once: weights 100 MiB" in error.why
+    assert error.fix == "set adapter.kind to lora; or pray"

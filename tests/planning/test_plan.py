@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from tests.fakes import decoder_shape, fake_device, h100s, laptop, llama_8b
+
+from pantheraml.errors import DeviceError, RecipeError
+from pantheraml.hardware.device import Inventory
+from pantheraml.planning.memory import format_bytes
+from pantheraml.planning.plan import Plan, format_seconds, make_plan
+from pantheraml.recipe.types import Recipe
+
+
+def recipe(**parts: Any) -> Recipe:
+    return Recipe.model_validate({"model": {"name": "fake"}, "data": "rows.jsonl", **parts})
+
+
+def plan(**parts: Any) -> Plan:
+    return make_plan(recipe(**parts), h100s(), decoder_shape())
+
+
+def test_lora_of_8b_on_an_h100_needs_no_checkpointing() -> None:
+    made = make_plan(recipe(), h100s(), llama_8b(), train_tokens=10_000_000, train_rows=20_000)
+    assert (made.dtype, made.base_dtype, made.lr, made.checkpointing) == ("bfloat16", "bfloat16", 2e-4, False)
+    assert made.memory.total_bytes < 80 << 30
+    # Weights: 8.03e9 in two bytes, the adapter's 41.9e6 in four.
+    assert made.memory.weights_bytes == pytest.approx(8.03e9 * 2 + 41.9e6 * 4, rel=0.01)
+    assert made.row_tokens[-1] == made.max_tokens == 2048
+    assert made.cost.time_s is not None
+
+
+def test_full_training_keeps_everything_that_trains_in_float32() -> None:
+    made = plan(adapter="full")
+    parameters = decoder_shape().parameters
+    assert (made.dtype, made.base_dtype, made.lr) == ("bfloat16", "float32", 2e-5)
+    assert made.memory.weights_bytes == made.memory.gradients_bytes == 4 * parameters
+    assert made.memory.optimizer_bytes == 8 * parameters
+
+
+def test_activations_of_8b_agree_with_an_independent_count() -> None:
+    # 27.5 GiB for two rows of 2048 with stock modules and LoRA, counted on paper by somebody else; masks add a little.
+    made = make_plan(recipe(batch={"size": 16, "micro_tokens": 4096}), h100s(), llama_8b())
+    assert made.memory.activations_bytes / (1 << 30) == pytest.approx(27.5, rel=0.1)
+
+
+def test_a_laptop_computes_in_the_dtype_that_is_faster_there() -> None:
+    small = decoder_shape(layers=8, hidden=512, intermediate=1536, heads=8, vocab=32000)
+    assert make_plan(recipe(), laptop(), small).dtype == "float32"
+    assert make_plan(recipe(), laptop(dtypes=("bfloat16", "float32")), small).dtype == "bfloat16"
+    old = Inventory(devices=(fake_device("cuda", dtypes=("float16", "float32")),))
+    assert make_plan(recipe(), old, small).dtype == "float32"  # float16 is never a choice of ours
+
+
+def test_more_memory_never_means_fewer_tokens_or_more_checkpointing() -> None:
+    made = [make_plan(recipe(), h100s(1, memory_gib=gib), llama_8b()) for gib in range(28, 200, 4)]
+    tokens = [one.micro_tokens for one in made if not one.checkpointing]
+    assert tokens == sorted(tokens)
+    assert [one.checkpointing for one in made] == sorted((one.checkpointing for one in made), reverse=True)
+    assert made[0].checkpointing and not made[-1].checkpointing
+
+
+def test_a_step_is_not_taken_in_one_piece_larger_than_itself() -> None:
+    made = make_plan(recipe(batch={"size": 4}), h100s(), decoder_shape(), train_tokens=100_000, train_rows=1000, longest_example=190)
+    assert made.row_tokens[-1] == 768  # four of the longest, rounded up
+    assert made.micro_tokens == 768  # 4 examples of 100 tokens are less than one row
+    alone = make_plan(recipe(data={"train": "rows.jsonl", "packing": "off"}), h100s(), decoder_shape(), longest_example=190)
+    assert alone.row_tokens == (64, 96, 128, 192)
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"model": {"name": "fake", "dtype": "float16"}}, DeviceError, "model.dtype=float16 does not train on cuda:0 (Fake H100)"),
+        ({"model": {"name": "fake", "attention": "flash_attention_2"}}, DeviceError, "model.attention=flash_attention_2 is not offered"),
+        ({"model": {"name": "fake", "load_in_4bit": True}}, DeviceError, "cannot hold a base in 4 bits"),
+        ({"model": {"name": "fake", "max_tokens": 200_000}}, RecipeError, "model.max_tokens=200000, but fake/1b was made for 131072"),
+        ({"batch": {"micro_tokens": 512}}, RecipeError, "batch.micro_tokens=512 is less than the longest row, 2048 tokens"),
+        ({"hardware": {"kind": "xpu"}}, DeviceError, "no xpu device answered"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_what_why_and_fix(parts: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        plan(**parts)
+    lines = str(caught.value).splitlines()
+    assert message in lines[0]
+    assert lines[1].startswith("  why: ")
+    assert lines[2].startswith("  fix: ")
+
+
+def test_packing_is_off_where_the_model_carries_state() -> None:
+    hybrid = decoder_shape("fake/hybrid", family="falcon_h1", packs=False)
+    made = make_plan(recipe(), h100s(), hybrid)
+    assert not made.packing
+    assert "carries state" in made.reasons["packing"]
+    assert "not counted" in made.reasons["memory"]
+    with pytest.raises(RecipeError, match=r"data\.packing=on, but fake/hybrid"):
+        make_plan(recipe(data={"train": "rows.jsonl", "packing": "on"}), h100s(), hybrid)
+
+
+def test_what_does_not_fit_is_refused_with_remedies_that_would_fit() -> None:
+    with pytest.raises(DeviceError) as caught:
+        make_plan(recipe(adapter="full"), h100s(), llama_8b())
+    assert "training needs" in caught.value.what and "80.0 GiB free" in caught.value.what
+    assert caught.value.fix == "set adapter.kind to lora"
+    make_plan(recipe(adapter="lora"), h100s(), llama_8b())
+
+    # 14 GiB: the weights alone are more, so shorter rows would not help; four bits would.
+    with pytest.raises(DeviceError) as caught:
+        make_plan(recipe(), h100s(1, memory_gib=14), llama_8b(), quantizers=("nf4",))
+    assert caught.value.fix == "set model.load_in_4bit to true"
+    made = make_plan(recipe(model={"name": "fake", "load_in_4bit": True}), h100s(1, memory_gib=14), llama_8b(), quantizers=("nf4",))
+    assert made.quantizer == "nf4"
+
+    with pytest.raises(DeviceError) as caught:
+        make_plan(recipe(hardware={"checkpointing": "off"}), h100s(1, memory_gib=28), llama_8b())
+    assert "set hardware.checkpointing to auto" in caught.value.fix
+
+    with pytest.raises(DeviceError, match="fix: choose a smaller model"):
+        make_plan(recipe(), laptop(8), llama_8b())
+
+
+def test_what_is_asked_is_never_overridden() -> None:
+    made = plan(
+        model={"name": "fake", "dtype": "float32", "attention": "eager", "max_tokens": 300},
+        batch={"size": 3, "micro_tokens": 1000},
+        optim={"lr": 0.5},
+        hardware={"kind": "cuda", "index": 3, "threads": 7, "checkpointing": "on"},
+        data={"train": "rows.jsonl", "packing": "off"},
+    )
+    assert (made.dtype, made.attention, made.max_tokens, made.micro_tokens) == ("float32", "eager", 300, 1000)
+    assert (str(made.device), made.threads, made.checkpointing, made.packing, made.lr) == ("cuda:3", 7, True, False, 0.5)
+    # The device was measured in bfloat16, so nothing is known about its speed in float32.
+    assert made.cost.tokens_per_s is None
+
+
+def test_every_choice_has_a_reason_and_prints() -> None:
+    made = plan()
+    lines = made.lines()
+    assert all(reason for _, _, reason in lines)
+    choices = [choice for choice, _, _ in lines]
+    assert {"device", "dtype", "attention", "max_tokens", "packing", "micro_tokens", "checkpointing", "lr", "threads"} <= set(choices)
+    values = {choice: value for choice, value, _ in lines}
+    assert "simulated" in values["device"]
+    assert values["time"] == "unknown"  # the data was not read
+    assert json.loads(json.dumps(made.to_dict()))["memory"]["total_bytes"] == made.memory.total_bytes
+
+
+def test_unknown_speed_prints_as_unknown() -> None:
+    made = make_plan(recipe(), Inventory(devices=(fake_device("xpu"),)), decoder_shape(), train_tokens=10)
+    assert {choice: value for choice, value, _ in made.lines()}["speed"] == "unknown"
+
+
+def test_steps_times_batch_gives_the_tokens_of_the_run() -> None:
+    made = make_plan(recipe(optim={"steps": 10}, batch={"size": 4}), h100s(), decoder_shape(), train_tokens=1000, train_rows=10)
+    assert made.cost.total_tokens == 10 * 4 * 100
+    made = make_plan(recipe(optim={"epochs": 3}), h100s(), decoder_shape(), train_tokens=1000)
+    assert made.cost.total_tokens == 3000
+
+
+def test_a_token_of_8b_costs_what_the_literature_counts() -> None:
+    # 4 N for LoRA is 32.1 GFLOP at N = 8.03e9 with causal attention at 2048 (ours counts the masked half too).
+    flops = make_plan(recipe(), h100s(), llama_8b()).cost.flops_per_token
+    assert flops == pytest.approx(32.1e9, rel=0.1)
+
+
+def test_numbers_print_for_people() -> None:
+    assert [format_bytes(n) for n in (None, 512, 3 << 20, (3 << 30) + (1 << 29))] == ["unknown", "0 KiB", "3 MiB", "3.5 GiB"]
+    assert [format_seconds(n) for n in (None, 0.2, 59, 125, 7500)] == [
+        "unknown",
+        "about 1 s",
+        "about 59 s",
+        "about 2 min",
+        "about 2 h 5 min",
+    ]
+
+
+def test_planning_imports_no_torch_and_leaves_the_environment_alone() -> None:
+    program = (
+        "import os, sys; before = dict(os.environ)\n"
+        "import pantheraml.planning.plan, pantheraml.recipe.types, pantheraml.hardware.select, pantheraml.hardware.device\n"
+        "assert dict(os.environ) == before\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
