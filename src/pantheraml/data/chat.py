@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -187,7 +188,7 @@ class Encoder:
         return tokens if tokens[:1] == self._begin else self._begin + tokens
 
     def _ended(self, tokens: list[int]) -> list[int]:
-        end = [self.tokenizer.eos_token_id]
+        end = [cast("int", self.tokenizer.eos_token_id)]
         return tokens if tokens[-1:] == end else tokens + end
 
     # Conversations. Positions in rendered text are characters until `_mark` turns them into tokens.
@@ -201,7 +202,8 @@ class Encoder:
         first = max(answers[-1] if self.loss_on == "last" else 0, chat.learn_from)
         if _GENERATION.search(self._template_for(chat)):
             spans = self._declared(chat, chat.messages)
-            spans = spans[len(self._declared(chat, chat.messages[:first])) :] if first else spans
+            if first > answers[0]:
+                spans = spans[len(self._declared(chat, chat.messages[:first])) :]
         else:
             spans = [self._span(chat, full, index) for index in answers if index >= first]
         learned = "\n".join(full[start:end] for start, end in spans)
@@ -214,32 +216,23 @@ class Encoder:
         return self.tokenizer.get_chat_template(self._template, tools=chat.tools)
 
     def _render(self, chat: Conversation, messages: Messages, *, prompt: bool = False) -> str:
-        from jinja2 import TemplateError, TemplateSyntaxError
-
-        try:
+        with _refusals():
             return cast(
                 "str",
                 self.tokenizer.apply_chat_template(
                     messages, tools=chat.tools, chat_template=self._template, add_generation_prompt=prompt, tokenize=False
                 ),
             )
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"the chat template is not valid Jinja: {error.message} (line {error.lineno})",
-                why="every conversation is written with it",
-                fix="correct the template, or set data.chat_template to another one",
-            ) from error
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
 
     def _declared(self, chat: Conversation, messages: Messages) -> list[Span]:
         """What the template marks with `{% generation %}`; pieces that touch are one."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         variables: dict[str, Any] = {**self.tokenizer.special_tokens_map}
-        rendered: Any = render_jinja_template(
-            [messages], tools=chat.tools, chat_template=self._template_for(chat), return_assistant_tokens_mask=True, **variables
-        )
+        with _refusals():
+            rendered: Any = render_jinja_template(
+                [messages], tools=chat.tools, chat_template=self._template_for(chat), return_assistant_tokens_mask=True, **variables
+            )
         found: list[Span] = rendered[1][0]
         spans: list[Span] = []
         for start, end in found:
@@ -329,6 +322,23 @@ class Encoder:
         for start, end in spans:
             loss |= (starts < end) & (ends > start)
         return encoded["input_ids"], loss
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What Jinja raises, as an error about the template or about the row."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"the chat template is not valid Jinja: {error.message} (line {error.lineno})",
+            why="every conversation is written with it",
+            fix="correct the template, or set data.chat_template to another one",
+        ) from error
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
 
 
 def _answers(messages: Messages) -> list[int]:
