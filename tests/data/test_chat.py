@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pantheraml.data.chat import Encoder, ensure_chat_template, read_chat_template
 from pantheraml.data.load import Row, UnusableRow
@@ -85,7 +89,20 @@ def row(messages, **more) -> Row:
         (OPEN_THINK, [*TWO, *ONE], ["Hello!<|end|>", "\n\nNo 🙂. <|end|>", "Hello!<|end|>"]),
         (CHATML, [ONE[1], *ONE], ["Hello!<|im_end|>\n", "Hello!<|im_end|>\n"]),
     ],
-    ids=["chatml", "chatml-system-open", "generation", "llama", "gemma", "thinking", "thinking-3", "thinking-open", "phi", "mistral", "r1", "gpt-first"],
+    ids=[
+        "chatml",
+        "chatml-system-open",
+        "generation",
+        "llama",
+        "gemma",
+        "thinking",
+        "thinking-3",
+        "thinking-open",
+        "phi",
+        "mistral",
+        "r1",
+        "gpt-first",
+    ],
 )
 def test_learned_runs_by_template(tokenizer, learned, template, messages, runs):
     example = Encoder(tokenizer, "assistant", "messages", template).encode(row(messages))
@@ -106,7 +123,9 @@ def test_loss_on_last_and_all(tokenizer, learned, template):
 
 def test_tiny_template_token_by_token(tokenizer):
     """The whole arrays, written by hand: begin=1, end=2, user=3, assistant=4, and a byte is its place after 7."""
-    example = Encoder(tokenizer, "assistant", "messages").encode(row([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]))
+    example = Encoder(tokenizer, "assistant", "messages").encode(
+        row([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    )
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
     assert example.tokens.tolist() == [1, 3, a, 2, 4, b, 2]
     assert example.loss.tolist() == [False, False, False, False, False, True, True]
@@ -132,6 +151,33 @@ def test_a_template_that_leaves_things_out_is_refused(tokenizer):
         Encoder(tokenizer, "assistant", "messages", silent).encode(row(ONE))
 
 
+PARTS = [*"ab é🙂\n<|>/\ue000\ue001", "<think>", "</think>", "<|im_end|>", "assistant"]
+ANSWERS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=12).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(turns=st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=4))
+def test_thinking_masks_for_any_content(tokenizer, turns):
+    """The template of THINKING written again in Python, with the learned pieces known by construction. Never a wrong mask."""
+    messages, pieces = [], []
+    for index, (question, answer) in enumerate(turns):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = answer.split("</think>")[-1].lstrip("\n")
+        if index == len(turns) - 1:
+            thought = answer.split("</think>")[0].split("<think>")[-1].strip("\n") if "</think>" in answer else ""
+            text = f"<think>\n{thought}\n</think>\n\n{text}"
+        pieces += [(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", False), (f"{text}<|im_end|>\n", True)]
+    try:
+        example = Encoder(tokenizer, "assistant", "messages", THINKING).encode(row(messages))
+    except UnusableRow as error:
+        # Refused only for an empty answer, or one that is all thinking, which the template drops.
+        assert any(not answer.split("</think>")[-1].strip() for _, answer in turns), error
+        return
+    ids = [(tokenizer(text, add_special_tokens=False)["input_ids"], learn) for text, learn in pieces]
+    assert example.tokens.tolist() == [token for piece, _ in ids for token in piece]
+    assert example.loss.tolist() == [learn for piece, learn in ids for _ in piece]
+
+
 def test_what_cannot_be_located_is_refused(tokenizer):
     backwards = "{% for m in messages | reverse %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(UnusableRow, match="cannot be located exactly"):
@@ -144,7 +190,9 @@ def test_special_tokens_inside_content_do_not_move_masks(tokenizer, learned):
     for template in (CHATML, THINKING):
         example = Encoder(tokenizer, "assistant", "messages", template).encode(row(messages))
         assert learned(example)[0] == "x<|im_end|>y<|im_end|>\n" and len(learned(example)) == 2
-    example = Encoder(tokenizer, "assistant", "messages").encode(row([{"role": "user", "content": "a<|end|><|assistant|>b<|end|>"}, ONE[1]]))
+    example = Encoder(tokenizer, "assistant", "messages").encode(
+        row([{"role": "user", "content": "a<|end|><|assistant|>b<|end|>"}, ONE[1]])
+    )
     assert learned(example) == ["Hello!<|end|>"]
 
 
@@ -187,7 +235,7 @@ def test_tokens_of_several_characters(kind, answer):
     pieces = ["<|im_start|>", messages[0]["content"], "<|im_end|>", "<|im_start|>", messages[1]["content"], "<|im_end|>"]
     ids = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
     example = encoder.encode(row(messages))
-    assert example.tokens.tolist() == sum(ids, [])
+    assert example.tokens.tolist() == [token for piece in ids for token in piece]
     count = len(ids[4]) + len(ids[5])
     assert example.loss.tolist() == [False] * (len(example.tokens) - count) + [True] * count
 
@@ -301,6 +349,12 @@ def test_what_a_tokenizer_or_template_lacks():
     with pytest.raises(DataError, match="no end-of-text token") as caught:
         Encoder(tokenizer, "assistant", "text")
     assert "never learns to stop" in caught.value.why and "eos_token" in caught.value.fix
+
+
+def test_the_room_imports_neither_torch_nor_transformers():
+    modules = ", ".join(f"pantheraml.data.{name}" for name in ("load", "chat", "source", "pack", "inspect"))
+    code = f"import sys, {modules}; print([m for m in ('torch', 'transformers', 'pyarrow', 'datasets', 'rich') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_read_chat_template(tmp_path):

@@ -274,6 +274,7 @@ USER = {"role": "user", "content": "q"}
         ("text", {"text": None}, "text is null, not text"),
         ("text", {"text": 3}, "text is a number, not text"),
         ("text", {"text": " \n"}, "text is empty"),
+        ("text", {"text": "a\ud800"}, "text holds half a character (a lone surrogate)"),
         ("alpaca", {"output": "a"}, "instruction is missing"),
         ("alpaca", {"instruction": "q", "output": ""}, "output is empty"),
         ("alpaca", {"instruction": "q", "output": "a", "input": 3}, "input is a number, not text"),
@@ -286,7 +287,11 @@ USER = {"role": "user", "content": "q"}
         ("messages", {"messages": []}, "messages is empty"),
         ("messages", {"messages": ["hi"]}, "messages[0] is text, not an object"),
         ("messages", {"messages": [{"content": "q"}]}, "messages[0].role is missing"),
-        ("messages", {"messages": [{"role": "human", "content": "q"}]}, "messages[0].role is 'human', not one of system, user, assistant, tool"),
+        (
+            "messages",
+            {"messages": [{"role": "human", "content": "q"}]},
+            "messages[0].role is 'human', not one of system, user, assistant, tool",
+        ),
         ("messages", {"messages": [USER]}, "there is no assistant turn to learn"),
         ("messages", {"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content is null, not text"),
@@ -294,7 +299,11 @@ USER = {"role": "user", "content": "q"}
         ("messages", {"messages": [USER, {"role": "assistant", "content": True}]}, "messages[1].content is true or false, not text"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content holds parts that are not text"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": "add"}]}, "messages[0].tool_calls is text, not a list"),
-        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls holds a call without a function name"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages[0].tool_calls holds a call without a function name",
+        ),
         (
             "messages",
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},

@@ -245,9 +245,10 @@ class Encoder:
         """Where the answer in message `index` stands in the full text, its end-of-turn token included."""
         if index:
             asked = self._render(chat, chat.messages[:index], prompt=True)
-            answered = self._render(chat, chat.messages[: index + 1])
-            if full.startswith(answered) and answered.startswith(asked) and len(answered) > len(asked):
-                return len(asked), len(answered)
+            if full.startswith(asked):
+                answered = self._render(chat, chat.messages[: index + 1])
+                if full.startswith(answered) and len(answered) > len(asked):
+                    return len(asked), len(answered)
         start, end = self._start(chat, full, index), self._end(chat, full, index)
         if start >= end:
             raise _cannot_locate(index)
@@ -255,7 +256,7 @@ class Encoder:
 
     def _start(self, chat: Conversation, full: str, index: int) -> int:
         """Where the answer starts: after what a prompt for generation has, as far as the template writes it here too."""
-        mark, other = _unused(full)
+        mark, other = _unused(chat, full)
         messages = [*chat.messages]
         messages[index] = {"role": "assistant", "content": other}
         if not index:
@@ -269,19 +270,21 @@ class Encoder:
         place = self._place(chat, full, index - 1, mark)
         messages[index - 1] = _marked(messages[index - 1], mark)
         prompt = self._render(chat, messages[:index], prompt=True).partition(mark)[2]
-        closing = self._render(chat, messages[:index]).partition(mark)[2]
         written, found, _ = self._render(chat, messages).partition(mark)[2].partition(other)
         # A prompt may open more than the template writes here (DeepSeek-R1: <think>), less (Qwen3: an empty <think>),
         # or something else after the role. It never differs before the role.
         opening = _common(prompt, written)
-        agrees = opening in (prompt, written) or (prompt.startswith(closing) and len(opening) > len(closing))
+        agrees = opening in (prompt, written)
+        if not agrees:
+            closing = self._render(chat, messages[:index]).partition(mark)[2]
+            agrees = prompt.startswith(closing) and len(opening) > len(closing)
         if found and agrees and full.startswith(opening, place):
             return place + len(opening)
         raise _cannot_locate(index)
 
     def _end(self, chat: Conversation, full: str, index: int) -> int:
         """Where the answer ends: after what the template writes behind it when it is the last message."""
-        mark, _ = _unused(full)
+        mark, _ = _unused(chat, full)
         place = self._place(chat, full, index, mark)
         messages = [*chat.messages[:index], _marked(chat.messages[index], mark)]
         tail = self._render(chat, messages).partition(mark)[2]
@@ -356,9 +359,10 @@ def _last_words(message: dict[str, Any]) -> list[str]:
     return message["content"].rpartition("</think>")[2].split()[-1:] + [call["function"]["name"] for call in calls]
 
 
-def _unused(text: str) -> list[str]:
-    """Two characters that the text does not hold."""
-    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in text)
+def _unused(chat: Conversation, full: str) -> list[str]:
+    """Two characters that stand neither in the text nor in what the template left out of it."""
+    taken = full + json.dumps([chat.messages, chat.tools], ensure_ascii=False, default=str)
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
     return [next(free), next(free)]
 
 

@@ -219,15 +219,18 @@ def convert(paths: Sequence[str], out: str, to: Target = "messages", format: For
 
     Raises: DataError at the first row that cannot be used, or that the other format cannot hold without loss.
     """
-    stop = BadRows("fail", limit=0)
-    rows, detected = open_rows(paths, format, on_bad=stop)
+    rows, detected = open_rows(paths, format, on_bad=BadRows("fail", limit=0))
 
     def converted() -> Iterator[dict[str, Any]]:
         for row in rows:
             try:
                 yield _written(normalize(row, detected.format), to)
             except UnusableRow as error:
-                stop(BadRow.of(row, str(error)))
+                raise DataError(
+                    f"{row.where} cannot be written as {to}: {error}",
+                    why="nothing that a row says may be lost on the way",
+                    fix="correct the row or leave it out, or choose another format",
+                ) from error
 
     return write_jsonl(out, converted())
 
@@ -246,7 +249,7 @@ def _written(said: Conversation | PromptCompletion | Text, to: Target) -> dict[s
     messages = said.messages
     tools = {"tools": said.tools} if said.tools else {}
     plain = all(set(message) == {"role", "content"} for message in messages)
-    if said.learn_from and to != "prompt-completion":
+    if to != "prompt-completion" and any(message["role"] == "assistant" for message in messages[: said.learn_from]):
         raise UnusableRow(f"only the completion is learned, which {to} cannot say")
     match to:
         case "messages":

@@ -141,10 +141,10 @@ def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def rows_of(records: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
-    """Rows from memory; their file is `<memory>` and their line counts from 1."""
+def rows_of(records: Iterable[Mapping[str, Any]], name: str = "<memory>") -> Iterator[Row]:
+    """Rows from memory; their file is `name` and their line counts from 1."""
     for line, record in enumerate(records, 1):
-        yield Row(dict(record), "<memory>", line)
+        yield Row(dict(record), name, line)
 
 
 def read_rows(paths: Sequence[str], *, on_bad: Callable[[BadRow], None]) -> Iterator[Row]:
@@ -226,6 +226,7 @@ def _sources(paths: Sequence[str]) -> list[str]:
 
 
 def _snippet(text: str) -> str:
+    text = text.encode(errors="replace").decode()  # lone surrogates cannot be written to a file
     return text if len(text) <= 200 else text[:200] + "..."
 
 
@@ -306,7 +307,7 @@ def _read_csv(path: str) -> Iterator[Row | BadRow]:
             elif None in record.values():
                 yield BadRow(path, line, "the row has fewer fields than the header", text)
             elif any("\ud800" <= char <= "\udfff" for value in record.values() for char in value):
-                yield BadRow(path, line, "the line is not valid UTF-8", text.encode(errors="replace").decode())
+                yield BadRow(path, line, "the line is not valid UTF-8", text)
             else:
                 yield Row(record, path, line)
 
@@ -475,6 +476,10 @@ def _text(record: Mapping[str, Any], field: str, *, name: str | None = None, emp
         raise UnusableRow(f"{name} is {_kind(value)}, not text")
     if not empty and not value.strip():
         raise UnusableRow(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRow(f"{name} holds half a character (a lone surrogate)") from error
     return value
 
 

@@ -126,8 +126,9 @@ def tokenize(
                 progress(counts.rows)
 
     examples = Examples(encoded(), counts)
-    counts.rows += len(bad.rows) - already - counts.bad
-    counts.bad = len(bad.rows) - already
+    unread = max(0, len(bad.rows) - already - counts.bad)
+    counts.rows += unread
+    counts.bad += unread
     if counts.rows and not len(examples):
         raise _nothing_to_learn(f"none of the {counts.rows} rows can be used", bad)
     return examples
