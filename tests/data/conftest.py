@@ -6,13 +6,13 @@ from pantheraml.data.chat import Example
 from pantheraml.models.tiny import tiny_tokenizer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tokenizer():
     """One token a byte: what is learned can be read off as text, exactly. Tests that change it make their own."""
     return tiny_tokenizer()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def learned(tokenizer):
     """The runs of learned tokens of an example, as text."""
 
