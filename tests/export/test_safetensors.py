@@ -31,7 +31,7 @@ def adapted(base: Path, **options: object) -> PeftModel:
     """A PEFT model whose adapter does something: with PEFT's zero lora_B every wrong merge would look right."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     # peft refuses the state space's out_proj, so the targets are named.
-    projections = "q_proj k_proj v_proj o_proj qkv_proj gate_proj up_proj gate_up_proj down_proj in_proj".split()
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "in_proj"]
     targets = options.pop("target_modules", projections)
     peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options))
     generator = torch.Generator().manual_seed(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import secrets
 import shutil
@@ -147,15 +149,8 @@ def _prompts(tokenizer: Any) -> list[str]:
 
 
 def _installed_engine() -> Callable[[Path], _Engine] | None:
-    try:
-        import xllamacpp  # noqa: F401
-    except ImportError:
-        try:
-            import llama_cpp  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            return None
-        return _LlamaCppPython
-    return _XLlamaCpp
+    engines: dict[str, Callable[[Path], _Engine]] = {"xllamacpp": _XLlamaCpp, "llama_cpp": _LlamaCppPython}
+    return next((engine for module, engine in engines.items() if importlib.util.find_spec(module)), None)
 
 
 def _cannot_load(file: Path, engine: str) -> StorageError:
@@ -172,8 +167,7 @@ class _XLlamaCpp:
     name = "xllamacpp"
 
     def __init__(self, file: Path) -> None:
-        import xllamacpp
-
+        xllamacpp: Any = importlib.import_module("xllamacpp")  # a compiled module without types
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.offline = True
