@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pantheraml.errors import PantheraError, RecipeError
-from pantheraml.export.ollama import form_of, write_modelfile
+from pantheraml.export.ollama import FORMS, form_of, write_modelfile
 from pantheraml.models.tiny import tiny_tokenizer
 
 TEMPLATES = {
@@ -57,6 +57,11 @@ def test_modelfile_of_the_tiny_chat(tmp_path: Path):
         'PARAMETER stop """<|end|>"""\n'
         "PARAMETER temperature 0.2\n"
     )
+
+
+def test_prompt_does_not_end_with_the_space_of_the_answer():
+    go = FORMS["mistral-spaced"].go_template("")
+    assert go.endswith("{{ end }}{{ end }}") and "[/INST]" in go
 
 
 def test_unknown_template_is_left_to_the_file(tmp_path: Path):

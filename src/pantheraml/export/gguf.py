@@ -83,6 +83,9 @@ def export_gguf(folder: Path, out: Path, type: GgufType, *, verify: bool = True)
     """
     from transformers import AutoConfig
 
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if missing:
+        raise _not_a_model(folder, missing[0])
     config = AutoConfig.from_pretrained(folder)
     family = _family(config)
     with atomic_file(out) as unfinished:
@@ -161,13 +164,17 @@ def _weights_of(folder: Path) -> _Weights:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         return _Weights({name: folder / file for name, file in weight_map.items()})
     if not single.exists():
-        raise StorageError(
-            f"{folder} holds no model.safetensors",
-            why="GGUF is written from a merged model, not from an adapter",
-            fix="merge the adapter first, and give the merged folder",
-        )
+        raise _not_a_model(folder, single.name)
     with safe_open(single, framework="pt") as shard:
         return _Weights(dict.fromkeys(shard.keys(), single))
+
+
+def _not_a_model(folder: Path, missing: str) -> StorageError:
+    return StorageError(
+        f"{folder} holds no {missing}",
+        why="GGUF is written from a merged model with its tokenizer, not from an adapter",
+        fix="merge the adapter first, and give the merged folder",
+    )
 
 
 def _plan(weights: _Weights, config: Any, family: Family) -> list[_Tensor]:

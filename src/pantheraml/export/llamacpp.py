@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import secrets
 import shutil
 import subprocess
@@ -131,6 +132,7 @@ def quantize(source: Path, out: Path, type_name: str) -> None:
         done = subprocess.run([program, str(source), str(out), type_name], capture_output=True, text=True, check=False)
         failed, said = done.returncode, done.stderr[-300:]
     else:
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # otherwise two lines a tensor
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = file_type
         failed, said = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params), ""
@@ -192,8 +194,15 @@ class _XLlamaCpp:
     def _ask(self, path: str, question: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         address = f"{self._server.listening_address}{path}"
-        with self._opener.open(urllib.request.Request(address, json.dumps(question).encode(), headers), timeout=600) as answer:
-            return json.loads(answer.read())
+        try:
+            with self._opener.open(urllib.request.Request(address, json.dumps(question).encode(), headers), timeout=600) as answer:
+                return json.loads(answer.read())
+        except OSError as error:
+            raise PantheraError(
+                f"{self.name} did not answer {path}: {error}",
+                why="the file was loaded, but not compared with transformers",
+                fix="try again, or pass verify=False to keep the file unchecked",
+            ) from error
 
     def tokenize(self, text: str) -> list[int]:
         return self._ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]

@@ -26,7 +26,7 @@ class Form:
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt for an answer to `messages`, as the Go template would write it."""
         turns = {"user": self.user, "assistant": self.assistant, "system": self.system}
-        return "".join(f"{turns[m['role']][0]}{m['content']}{turns[m['role']][1]}" for m in messages) + self.assistant[0]
+        return "".join(f"{turns[m['role']][0]}{m['content']}{turns[m['role']][1]}" for m in messages) + self._opening
 
     def go_template(self, start: str) -> str:
         """The same for Ollama, after `start`."""
@@ -35,12 +35,18 @@ class Form:
             opening = ""
         else:
             system = '{{ if eq .Role "user" }}'
-            opening = "{{ if and $.System (eq $i 0) }}{{ $.System }}\n\n{{ end }}"
+            # Ollama counts the system message too, so the first user turn is number 0 or, after one, number 1.
+            opening = "{{ if and $.System (le $i 1) }}{{ $.System }}\n\n{{ end }}"
         return (
             f"{start}{{{{ range $i, $_ := .Messages }}}}{system}{self.user[0]}{opening}{{{{ .Content }}}}{self.user[1]}"
             f'{{{{ else if eq .Role "assistant" }}}}{self.assistant[0]}{{{{ .Content }}}}{self.assistant[1]}{{{{ end }}}}'
-            f"{{{{ end }}}}{self.assistant[0]}"
+            f"{{{{ end }}}}{self._opening}"
         )
+
+    @property
+    def _opening(self) -> str:
+        """What an answer begins after: without the space that belongs to its first word."""
+        return self.assistant[0].rstrip(" ")
 
 
 def _heads(start: str, end: str, stop: str, assistant: str = "assistant", system: bool = True) -> Form:
@@ -77,8 +83,7 @@ def form_of(tokenizer: Any) -> tuple[str, Form] | None:
             return None
 
     for name, form in FORMS.items():
-        # An answer in the middle may be written with a space that no prompt ends with; Ollama reads the prompt alike.
-        written = [form.render(talk).rstrip(" "), *([form.render(led)] if form.system else [])]
+        written = [form.render(talk), *([form.render(led)] if form.system else [])]
         if written == [rendered(talk), *([rendered(led)] if form.system else [])]:
             return name, form
     return None

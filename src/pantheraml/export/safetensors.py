@@ -304,10 +304,10 @@ def _safetensors_errors(out: Path) -> Iterator[None]:
 
 
 def _refuse_occupied(out: Path, overwrite: bool) -> None:
-    if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and (overwrite or not any(out.iterdir()))):
         return
     raise StorageError(
-        f"{out} is not empty",
+        f"{out} is not empty" if out.is_dir() else f"{out} is a file",
         why="an export replaces the whole folder, and what is in it may not be ours",
         fix="name another folder, or pass overwrite=True",
     )
