@@ -1,0 +1,1 @@
+"""The arithmetic: one file an operation, with its reference and its backward."""

@@ -1,0 +1,116 @@
+"""Output head and cross entropy as one operation that never holds the logits of a whole batch.
+
+Letters: B batch, T tokens, D hidden, V vocabulary, N labelled tokens, C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear_cross_entropy(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """Sum of the token losses, holding the logits of one chunk of labelled tokens at a time.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), loss = logsumexp(logits) - logits[label].
+    The gradients of a chunk are computed in forward, while its logits are there; backward only scales them.
+
+    Args:
+        hidden_BTD: last hidden states, any float dtype.
+        weight_VD: output embedding. Gradients flow to it only if it requires them.
+        labels_BT: token ids, already shifted; -100 is ignored and costs nothing.
+        bias_V: added to the logits before the scale.
+        scale: factor of the logits (Granite, Cohere, Falcon-H1).
+        softcap: bound of the logits (Gemma 2); None: none.
+        chunk: labelled tokens a block; extra memory is about chunk * V * 12 bytes.
+    Returns: scalar float32, the sum over labels that are not -100; 0 where there are none.
+    Source: the idea of arXiv 2411.09009 (never materialise the logits), here in plain torch.
+    """
+    flat_labels = labels_BT.reshape(-1)
+    rows_N = (flat_labels != -100).nonzero().squeeze(1)
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, rows_N)
+    dtype = torch.get_autocast_dtype(hidden_BTD.device.type) if torch.is_autocast_enabled(hidden_BTD.device.type) else weight_VD.dtype
+    result: Tensor = _LinearCrossEntropy.apply(  # pyright: ignore[reportAssignmentType]
+        hidden_ND.to(dtype), weight_VD, bias_V, flat_labels.index_select(0, rows_N), scale, softcap, chunk, dtype
+    )
+    return result
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        weight = weight_VD.to(dtype)
+        bias = None if bias_V is None else bias_V.to(dtype)
+        # float32: in bfloat16, 256 + 1 == 256, so a long sum would stop counting tokens.
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if need_weight else None
+        grad_bias = torch.zeros(weight_VD.shape[0], dtype=torch.float32, device=weight_VD.device) if need_bias else None
+
+        # The chunks' products are in `dtype` by hand; autocast would cast them once more.
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for start in range(0, hidden_ND.shape[0], chunk):
+                hidden_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
+                logits_CV = F.linear(hidden_CD, weight, bias).float()
+                if scale != 1.0:
+                    logits_CV *= scale
+                if softcap is not None:
+                    logits_CV = softcap * torch.tanh(logits_CV / softcap)
+                lse_C = torch.logsumexp(logits_CV, dim=-1)
+                total += (lse_C - logits_CV.gather(1, labels_C[:, None]).squeeze(1)).sum()
+                if not (need_hidden or need_weight or need_bias):
+                    continue
+                grad_CV = torch.exp(logits_CV - lse_C[:, None])
+                grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((labels_C.shape[0], 1), -1.0))
+                if softcap is not None:
+                    grad_CV *= 1 - (logits_CV / softcap) ** 2
+                if scale != 1.0:
+                    grad_CV *= scale
+                if grad_bias is not None:
+                    grad_bias += grad_CV.sum(0)
+                grad_CV = grad_CV.to(dtype)
+                if grad_hidden is not None:
+                    torch.matmul(grad_CV, weight, out=grad_hidden[start : start + chunk])
+                if grad_weight is not None:
+                    grad_weight += grad_CV.T @ hidden_CD
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.parameter_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad_total,) = grads
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad_total).to(ctx.parameter_dtype),
+            None if grad_bias is None else (grad_bias * grad_total).to(ctx.parameter_dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
