@@ -181,6 +181,12 @@ class Encoder:
             case Text():
                 raise UnusableRow("a plain text has no question and no answer")
 
+    def ask(self, messages: Messages) -> list[int]:
+        """The tokens after which the model answers. Rows without roles are continued from the last message's plain text."""
+        if self.format in ("prompt-completion", "text"):
+            return self._started(self._tokens(messages[-1]["content"]))
+        return self._tokens(self._render(Conversation(messages), messages, prompt=True))
+
     def _tokens(self, text: str) -> list[int]:
         return cast("list[int]", self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.select import select
@@ -63,6 +65,15 @@ class Plan:
         plan["row_tokens"] = list(self.row_tokens)
         plan["device"]["dtypes"] = list(self.device.dtypes)
         return plan
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """What `to_dict` gave, read from JSON. Raises: ValueError if it is not a plan."""
+        memory = {name: size for name, size in values.get("memory", {}).items() if name != "total_bytes"}
+        try:
+            return TypeAdapter(cls).validate_python({**values, "memory": memory})
+        except ValidationError as error:
+            raise ValueError(str(error)) from error
 
     def lines(self) -> list[tuple[str, str, str]]:
         """(choice, value, reason) for a person, in the order in which the choices are made."""
@@ -131,9 +142,9 @@ def make_plan(
     quantizer = _quantizer(recipe, device, quantizers)
     base_dtype: Dtype = dtype if lora else "float32"
     reasons["base_dtype"] = _base_reason(quantizer, lora is not None)
-    chosen_attention, reasons["attention"] = _attention(recipe, device, attention)
+    chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention)
     threads, reasons["threads"] = _threads(recipe, available_threads)
-    max_tokens, reasons["max_tokens"] = _max_tokens(recipe, shape)
+    max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
     packing, reasons["packing"] = _packing(recipe, shape)
     row_tokens, reasons["row_tokens"] = _row_tokens(max_tokens, longest_example, packing)
     _check_asked_micro_tokens(recipe, row_tokens[-1])
@@ -252,13 +263,14 @@ def _base_bytes_each(shape: ModelShape, base_dtype: Dtype, quantizer: str | None
     return (linears * _NF4_BYTES_EACH + (shape.parameters - linears) * _BYTES_EACH[base_dtype]) / shape.parameters
 
 
-def _attention(recipe: Recipe, device: Device, offered: tuple[str, ...]) -> tuple[str, str]:
+def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers: tuple[str, ...]) -> tuple[str, str]:
     asked = recipe.model.attention
+    offered = tuple(each for each in device_offers if each in shape.attention) or ("eager",)
     if asked == "auto":
-        return offered[0], "the first that the device offers"
+        return offered[0], "the first that the device and the model offer"
     if asked not in offered:
         raise DeviceError(
-            f"model.attention={asked} is not offered on {device}",
+            f"model.attention={asked} is not offered on {device} for {shape.family}",
             why="here are "
             + ", ".join(offered)
             + ("; flash_attention_2 needs a CUDA device and the package flash-attn" if "flash" in asked else ""),
@@ -273,7 +285,8 @@ def _threads(recipe: Recipe, available: int | None) -> tuple[int | None, str]:
     return available, "all cores that this process may use" if available is not None else "decided when the backend opens"
 
 
-def _max_tokens(recipe: Recipe, shape: ModelShape) -> tuple[int, str]:
+def longest_allowed(recipe: Recipe, shape: ModelShape) -> tuple[int, str]:
+    """Tokens of the longest example, and why. Raises: RecipeError if more is asked than the model was made for."""
     asked = recipe.model.max_tokens
     if asked == "auto":
         if shape.max_tokens < USUAL_TOKENS:

@@ -1,0 +1,84 @@
+"""The border between the training loop and how a step is computed. The loop does not know which engine it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pantheraml.data.pack import StepBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pantheraml.planning.plan import Plan
+    from pantheraml.recipe.types import OptimSpec
+
+State = dict[str, Any]
+"""Name -> tensor, flat: what a checkpoint writes as safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroTensors:
+    """A micro-batch on the device, int64 [B, T] each; labels are already shifted, -100 counts for nothing."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+
+LossFn = Callable[[Any, MicroTensors], "Tensor"]
+"""(model, batch) -> the sum of the token losses, a float32 scalar. What a training method is."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one step measured. The values may still be on the device; `Engine.read` brings them over."""
+
+    loss: Any
+    grad_norm: Any
+
+
+@dataclass(frozen=True, slots=True)
+class StepValues:
+    """The same as numbers. `ok` is false where loss or gradient were not finite: then nothing was updated."""
+
+    loss: float
+    grad_norm: float
+    ok: bool
+
+
+class Engine(Protocol):
+    """One model, one optimizer, one way to compute."""
+
+    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec, plan: Plan, *, seed: int) -> None:
+        """Takes over the model. Raises: ValueError if no parameter trains."""
+        ...
+
+    def step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
+        """Step k, from 0: gradients of the mean loss over `batch.label_count` labels, clipping, one update.
+
+        A loss or gradient that is not finite leaves the weights as they are, in this step and in all that follow.
+        Raises: PantheraError if a trainable parameter gets no gradient; DeviceError if memory runs out.
+        """
+        ...
+
+    def read(self, metrics: Sequence[StepMetrics]) -> list[StepValues]:
+        """Waits for the device, once, and brings the numbers over."""
+        ...
+
+    def evaluate(self, batches: Sequence[StepBatch]) -> float:
+        """Mean token loss, without dropout and without gradients."""
+        ...
+
+    def state_dict(self) -> State:
+        """Every trained weight and both moments of the optimizer, on the host; a copy."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave. Raises: ValueError if names or shapes differ."""
+        ...
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Puts back the weights alone."""
+        ...

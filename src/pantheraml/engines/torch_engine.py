@@ -1,0 +1,187 @@
+"""Training steps in plain torch: one process, one device, whatever torch runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import blake3
+import torch
+from torch import Tensor
+
+from pantheraml.data.pack import MicroBatch, StepBatch
+from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues
+from pantheraml.errors import DeviceError, PantheraError
+from pantheraml.hardware.backend import Backend
+from pantheraml.planning.plan import Plan
+from pantheraml.recipe.types import OptimSpec
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class TorchEngine:
+    """An `Engine`. Weights that train are float32; products are computed in the plan's dtype under autocast.
+
+    Every step seeds the generators from the run's seed and its own number, so dropout needs no saved state.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec, plan: Plan, *, seed: int) -> None:
+        """See `Engine.prepare`."""
+        self._model, self._loss, self._clip_norm, self._seed = model, loss, optim.clip_norm, seed
+        self._plan = plan
+        self._device = self._backend.torch_device(plan.device.index)
+        self._dtype = getattr(torch, plan.dtype)
+        self._trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._trained:
+            raise ValueError("no parameter of the model trains")
+        for parameter in self._trained.values():
+            # In bfloat16 an update of less than 1/256 of a weight would be lost.
+            parameter.data = parameter.data.float()
+        matrices = [p for p in self._trained.values() if p.ndim >= 2]
+        vectors = [p for p in self._trained.values() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self._optimizer: Any = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        )
+        # The fused update looks at this tensor on the device and does nothing where it is 1: no step waits for the host to look.
+        self._halted = torch.zeros((), device=self._device)
+        self._optimizer.found_inf = self._halted
+        self._checked = False
+        if plan.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
+        """See `Engine.step`."""
+        self._model.train()
+        self._backend.seed(_mixed(self._seed, k))
+        self._optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self._device)
+        try:
+            for micro in batch.micro:
+                with self._backend.autocast(self._dtype):
+                    loss = self._loss(self._model, self._on_device(micro))
+                # A batch without labels has a loss of 0 that hangs on no parameter.
+                if loss.requires_grad:
+                    (loss / max(1, batch.label_count)).backward()
+                total += loss.detach()
+        except (RuntimeError, MemoryError) as error:
+            if self._backend.is_out_of_memory(error):
+                raise self._out_of_memory(k) from error
+            raise
+        if not self._checked:
+            self._check_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip_norm or float("inf"))
+        mean = total / max(1, batch.label_count)
+        self._halted.copy_(torch.maximum(self._halted, (~(norm.isfinite() & mean.isfinite())).float()))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        return StepMetrics(mean, norm)
+
+    def read(self, metrics: Sequence[StepMetrics]) -> list[StepValues]:
+        """See `Engine.read`."""
+        if not metrics:
+            return []
+        pairs = torch.stack([torch.stack((each.loss, each.grad_norm.float())) for each in metrics])
+        ok = pairs.isfinite().all(dim=1)
+        return [StepValues(loss, norm, fine) for (loss, norm), fine in zip(pairs.tolist(), ok.tolist(), strict=True)]
+
+    def evaluate(self, batches: Sequence[StepBatch]) -> float:
+        """See `Engine.evaluate`."""
+        self._model.eval()
+        total = torch.zeros((), device=self._device)
+        labels = 0
+        try:
+            with torch.no_grad(), self._backend.autocast(self._dtype):
+                for batch in batches:
+                    for micro in batch.micro:
+                        total += self._loss(self._model, self._on_device(micro))
+                    labels += batch.label_count
+        finally:
+            self._model.train()
+        return float(total) / max(1, labels)
+
+    def state_dict(self) -> State:
+        """See `Engine.state_dict`. Names: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` after the first step."""
+        state: State = {}
+        for name, parameter in self._trained.items():
+            state[f"weight/{name}"] = _copied(parameter)
+            for moment in _MOMENTS:
+                if moment in self._optimizer.state[parameter]:
+                    state[f"{moment}/{name}"] = _copied(self._optimizer.state[parameter][moment])
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Engine.load_state_dict`."""
+        wanted = {f"weight/{name}" for name in self._trained}
+        stepped = {f"{moment}/{name}" for name in self._trained for moment in _MOMENTS}
+        if set(state) not in (wanted, wanted | stepped):
+            raise ValueError(_difference(set(state), wanted))
+        self.load_weights(state)
+        self._optimizer.state.clear()
+        if set(state) == wanted:
+            return
+        for name, parameter in self._trained.items():
+            self._optimizer.state[parameter] = {
+                moment: state[f"{moment}/{name}"].to(device=parameter.device, copy=True) for moment in _MOMENTS
+            }
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """See `Engine.load_weights`."""
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                saved = state.get(f"weight/{name}")
+                if saved is None or saved.shape != parameter.shape:
+                    raise ValueError(f"{name} is {'missing' if saved is None else f'of shape {tuple(saved.shape)}'} in the saved state")
+                parameter.copy_(saved)
+
+    def _on_device(self, micro: MicroBatch) -> MicroTensors:
+        arrays = (micro.input_ids, micro.position_ids, micro.labels)
+        return MicroTensors(*(torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays))
+
+    def _check_gradients(self) -> None:
+        missing = [name for name, parameter in self._trained.items() if parameter.grad is None]
+        self._checked = True
+        if missing:
+            raise PantheraError(
+                f"{len(missing)} of {len(self._trained)} trainable parameters got no gradient: {', '.join(missing[:3])}"
+                + (", ..." if len(missing) > 3 else ""),
+                why="they would stay as they are, and the run would not train what it says",
+                fix="freeze them (requires_grad_(False)), or leave them out of adapter.targets",
+            )
+
+    def _out_of_memory(self, k: int) -> DeviceError:
+        plan = self._plan
+        use = self._backend.memory(plan.device.index)
+        self._backend.empty_cache()
+        shorter = max(plan.row_tokens[-1], plan.micro_tokens // 2)
+        fix = (
+            f"set batch.micro_tokens to {shorter} (the result stays the same)"
+            if shorter < plan.micro_tokens
+            else "set hardware.checkpointing to on"
+            if not plan.checkpointing
+            else f"set model.max_tokens below {plan.row_tokens[-1]}, or choose a smaller model"
+        )
+        return DeviceError(
+            f"out of memory in step {k + 1}: {use.used_bytes / 2**30:.1f} GiB in use, {use.free_bytes / 2**30:.1f} GiB free on {plan.device}",
+            why=f"a micro-batch of {plan.micro_tokens} tokens needs more; the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB",
+            fix=fix,
+        )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().cpu()
+    return copied.clone() if copied.data_ptr() == tensor.data_ptr() else copied
+
+
+def _mixed(seed: int, k: int) -> int:
+    """A seed for step k: steps that follow each other get numbers that have nothing in common."""
+    return int.from_bytes(blake3.blake3(f"{seed}:{k}".encode()).digest(7), "big")
+
+
+def _difference(found: set[str], wanted: set[str]) -> str:
+    missing, extra = sorted(wanted - found), sorted(name for name in found - wanted if name.startswith("weight/"))
+    return f"the saved state does not fit this model: missing {missing[:3]}, not known {extra[:3]}"

@@ -1,0 +1,217 @@
+"""A causal language model and its tokenizer, from the Hub, from a folder, or made here; and its size before that.
+
+What comes back is a plain Hugging Face model. Weights are read from safetensors only, and no code that comes
+with a model runs unless the recipe says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pantheraml.errors import RecipeError
+from pantheraml.models.tiny import PREFIX, family_of, tiny_config, tiny_tokenizer
+from pantheraml.planning.shape import ModelShape
+from pantheraml.recipe.types import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Layers that carry a state along the row, by the names of their classes: the next example of a packed row would see it.
+_CARRIES_STATE = re.compile(r"mamba|ssm|rwkv|deltanet|recurrent|shortconv|linearattention|retention|xlstm|mlstm", re.IGNORECASE)
+
+
+def read_config(spec: ModelSpec) -> PretrainedConfig:
+    """The configuration of the model's text part; a `tiny:` one is made here. Raises: RecipeError if there is none."""
+    from transformers import AutoConfig
+
+    if spec.name.startswith(PREFIX):
+        return tiny_config(family_of(spec.name))
+    with _explained(spec):
+        return AutoConfig.from_pretrained(spec.name, **_where(spec))
+
+
+def read_shape(spec: ModelSpec) -> ModelShape:
+    """The size of the model, counted on torch's meta device: no weight is read or allocated.
+
+    Raises: RecipeError if there is no such model, or it is not a causal language model.
+    """
+    import torch
+    from torch import nn
+
+    config = read_config(spec)
+    model = _empty(spec, config)
+    text: Any = config.get_text_config()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    heads = int(getattr(text, "num_attention_heads", 1) or 1)
+    hidden = int(text.hidden_size)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype), None)
+    tied = head is None or head.weight is embedding.weight
+    return ModelShape(
+        name=spec.name,
+        family=str(text.model_type),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),  # a tied one is named once
+        embedding_parameters=embedding.weight.numel() + (0 if tied else head.weight.numel()),
+        linears=tuple(
+            (module.in_features, module.out_features) for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+        ),
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        vocab=int(embedding.weight.shape[0]),
+        heads=heads,
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
+        intermediate=int(getattr(text, "intermediate_size", None) or 4 * hidden),
+        max_tokens=int(getattr(text, "max_position_embeddings", None) or 2048),
+        packs=not any(_CARRIES_STATE.search(type(module).__name__) for module in model.modules()),
+        weight_bytes_each=dtype.itemsize if dtype else 4,
+        attention=_attention_of(type(model)),
+    )
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a token to pad with. Raises: RecipeError if there is none."""
+    from transformers import AutoTokenizer
+
+    if spec.name.startswith(PREFIX):
+        family_of(spec.name)
+        return tiny_tokenizer()
+    with _explained(spec):
+        tokenizer = AutoTokenizer.from_pretrained(spec.name, **_where(spec))
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        # Padding is never learned nor attended to, so any token that is there will do.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None = None,
+    quantization: Any = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The model on its device, in evaluation mode.
+
+    Args:
+        dtype: of all its weights. attention: attn_implementation; None: transformers chooses.
+        quantization: a quantization_config of transformers, or None.
+        seed: for the weights of a `tiny:` model; nothing else is random here.
+    Raises: RecipeError if it cannot be loaded, with the reason.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    extra = {} if attention is None else {"attn_implementation": attention}
+    if spec.name.startswith(PREFIX):
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(tiny_config(family_of(spec.name)), dtype=torch.float32, **extra)
+        model.config.name_or_path = spec.name
+        return model.to(device=device, dtype=dtype).eval()
+    with _explained(spec):
+        return AutoModelForCausalLM.from_pretrained(
+            spec.name,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            quantization_config=quantization,
+            **extra,
+            **_where(spec),
+        ).eval()
+
+
+def _where(spec: ModelSpec) -> dict[str, Any]:
+    return {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+
+
+def _empty(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
+    """The modules of the model, without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if spec.name.startswith(PREFIX):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    with _explained(spec), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    model.tie_weights()
+    return model
+
+
+def _attention_of(kind: Any) -> tuple[str, ...]:
+    """What the class says of itself; remote code may say nothing."""
+    offers = {"flash_attention_2": "_supports_flash_attn", "sdpa": "_supports_sdpa"}
+    return (*(name for name, flag in offers.items() if getattr(kind, flag, False)), "eager")
+
+
+def _check_reachable(spec: ModelSpec) -> None:
+    """Say at once that there is no network, where the Hub's client would try again for a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(spec.name).is_dir() or getproxies() or constants.HF_HUB_OFFLINE:
+        return
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
+        raise RecipeError(
+            f"there is no model folder {spec.name}",
+            why="it is no folder here, and it cannot be a name on the Hugging Face Hub (ORG/MODEL) either",
+            fix="check the path; it counts from the current folder. tiny:llama works without a network",
+        )
+    if isinstance(try_to_load_from_cache(spec.name, "config.json", revision=spec.revision), str):
+        return
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise RecipeError(
+            f"the model {spec.name} is not here, and the Hugging Face Hub cannot be reached",
+            why=f"it is neither a folder nor in the Hub's local cache, and {host} does not resolve: {error.strerror or error}",
+            fix="check the name and the network, or name a folder; tiny:llama works without a network",
+        ) from error
+
+
+@contextmanager
+def _explained(spec: ModelSpec) -> Iterator[None]:
+    """What transformers raises when it cannot find or read a model, as one error for a person."""
+    _check_reachable(spec)
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        text = str(error).strip()
+        if isinstance(error, ImportError) and not spec.trust_remote_code:
+            raise
+        first = text.splitlines()[0] if text else type(error).__name__
+        if Path(spec.name).is_dir():
+            raise RecipeError(
+                f"the folder {spec.name} does not hold a model that can be loaded",
+                why=first,
+                fix="name the folder with config.json, tokenizer.json and the safetensors files of a causal language model",
+            ) from error
+        if "trust_remote_code" in text:
+            raise RecipeError(
+                f"{spec.name} comes with its own Python code",
+                why="that code could do anything on this machine, so it does not run unless you say so",
+                fix="read it, then set model.trust_remote_code=true; or choose a model that transformers knows",
+            ) from error
+        if "safetensors" in text:
+            raise RecipeError(
+                f"{spec.name} has no weights in safetensors format",
+                why="the older format (pickle) can run code when it is loaded, so it is not read",
+                fix="choose a revision with safetensors files, or convert it with transformers on a machine you trust",
+            ) from error
+        raise RecipeError(
+            f"the model {spec.name} was not found, or cannot be used",
+            why=f"it is no folder here, and the Hugging Face Hub says: {first}",
+            fix="check the name (ORG/MODEL), the network, and for a gated model your login (hf auth login); "
+            "tiny:llama works without a network",
+        ) from error

@@ -1,0 +1,1 @@
+"""Training runs: the main path (run.py), the loop, the losses, checkpoints, and what people see."""
