@@ -1,13 +1,13 @@
 """What can go wrong, told to a person: what happened, why it matters, one thing to do now.
 
-    PantheraError                 exit code
-    ├── RecipeError               2    the recipe, the command line, or a name in them
-    ├── MissingExtra              2    an optional package is not installed
-    ├── DataError                 3    the data set
-    ├── DeviceError               4    the device, or its memory
-    ├── DivergedError             5    the loss or a gradient is not finite
-    ├── StorageError              6    disk, folder, checkpoint
-    └── StoppedError              75   SIGTERM, with a checkpoint saved (130 for Ctrl-C)
+PantheraError                 exit code
+├── RecipeError               2    the recipe, the command line, or a name in them
+├── MissingExtra              2    an optional package is not installed
+├── DataError                 3    the data set
+├── DeviceError               4    the device, or its memory
+├── DivergedError             5    the loss or a gradient is not finite
+├── StorageError              6    disk, folder, checkpoint
+└── StoppedError              75   SIGTERM, with a checkpoint saved (130 for Ctrl-C)
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""Run folders: their names, what lies in them, and that one process at a time writes into one."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pantheraml.errors import RecipeError, StorageError
+from pantheraml.export.safetensors import atomic_file
+from pantheraml.recipe.load import dump_recipe, load_recipe
+from pantheraml.recipe.types import Recipe
+
+RECIPE, PLAN, BEFORE, BAD_ROWS = "recipe.yaml", "plan.json", "before.json", "bad_rows.jsonl"
+BASE, ADAPTER, MODEL, MERGED, GGUF, CHECKPOINTS = "base", "adapter", "model", "merged", "gguf", "checkpoints"
+_LOCK = ".lock"
+
+
+def usual_name(recipe: Recipe) -> str:
+    """`qwen3-0.6b-faq` for model Qwen/Qwen3-0.6B and data faq.jsonl."""
+    model = Path(recipe.model.name.removeprefix("tiny:").rstrip("/"))
+    parts = model.parts[-2:] if model.name in (MODEL, MERGED, BASE) else model.parts[-1:]
+    data = recipe.data.train[0].removeprefix("hub:").rstrip("/")
+    return _slug("-".join((*parts[:1], Path(data).stem)))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "run"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was started here."""
+    return (folder / RECIPE).is_file()
+
+
+@contextmanager
+def open_folder(recipe: Recipe, *, resume: bool) -> Iterator[tuple[Path, Recipe]]:
+    """The run's folder, locked, and the recipe with the run's name in it.
+
+    Raises:
+        StorageError: the folder cannot be written, is in use, or holds another run.
+        RecipeError: to be resumed, but the recipe is not the one it was started with.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = _choose(recipe, resume)
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": folder.name})})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _try_to_write(folder)
+        lock = FileLock(folder / _LOCK, blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        raise StorageError(
+            f"the run {folder} is in use by another process",
+            why="two processes in one run folder would overwrite each other's checkpoints",
+            fix="wait for it, end it, or choose another run.name",
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"the run folder {folder} cannot be written: {error.strerror or error}",
+            why="checkpoints, metrics and results are kept in it",
+            fix="set run.folder to a folder that you may write to, or correct its permissions",
+        ) from error
+    try:
+        if is_run(folder):
+            _check_same(folder, recipe)
+        else:
+            with atomic_file(folder / RECIPE) as unfinished:
+                unfinished.write_text(dump_recipe(recipe), "utf-8")
+        yield folder, recipe
+    finally:
+        lock.release()
+
+
+def _choose(recipe: Recipe, resume: bool) -> Path:
+    root = Path(recipe.run.folder)
+    if recipe.run.name is not None:
+        folder = root / recipe.run.name
+        if is_run(folder) and not resume:
+            raise StorageError(
+                f"the run {folder} is there already",
+                why="a new run would mix its checkpoints with the old ones",
+                fix=f"go on with it: pantheraml resume {folder}; or set run.name to another name, or remove the folder",
+            )
+        return folder
+    name = usual_name(recipe)
+    folder, number = root / name, 1
+    while is_run(folder):
+        following = root / f"{name}-{number + 1}"
+        if resume and not is_run(following):
+            break
+        folder, number = following, number + 1
+    return folder
+
+
+def _try_to_write(folder: Path) -> None:
+    probe = folder / f".{secrets.token_hex(4)}"
+    try:
+        probe.write_bytes(b"")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _check_same(folder: Path, recipe: Recipe) -> None:
+    """What decides the weights must be as it was; the rest may change."""
+    before = learned(load_recipe(folder / RECIPE))
+    now = learned(recipe)
+    changed = [f"{section}.{key}" for section in now for key in now[section] if before[section].get(key) != now[section][key]]
+    if changed:
+        raise RecipeError(
+            f"the run {folder} was started with another recipe: {', '.join(changed)} differ",
+            why="going on with other settings gives weights that neither recipe would give",
+            fix=f"go on as it was started: pantheraml resume {folder}; or start a new run with another run.name",
+        )
+
+
+def learned(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The part of a recipe that decides which weights come out."""
+    parts = {name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "data", "method", "adapter", "batch", "optim")}
+    parts["eval"] = {"early_stop": recipe.eval.early_stop, "every": recipe.eval.every}
+    parts["run"] = {"seed": recipe.run.seed, "best": recipe.run.best}
+    return parts
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; None if it is not there. Raises: StorageError if it is not JSON."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise StorageError(
+            f"{path} cannot be read: {error}",
+            why="the run needs it to go on as it began",
+            fix="remove the file: it is made again, for this machine",
+        ) from error

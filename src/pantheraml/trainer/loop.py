@@ -1,0 +1,234 @@
+"""THE loop: steps, log lines, evaluations and checkpoints, over any engine. It knows neither device nor method."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+from pantheraml.data.chat import Example
+from pantheraml.data.pack import StepBatch
+from pantheraml.data.source import Source
+from pantheraml.engines.engine import Engine, StepMetrics
+from pantheraml.errors import DivergedError, StoppedError
+from pantheraml.recipe.types import OptimSpec, Recipe
+from pantheraml.trainer.checkpoint import Checkpoints
+from pantheraml.trainer.watch import StepRecord, Watch
+
+PREEMPTED, INTERRUPTED = 75, 130
+USUAL_COUNT = 10  # evaluations and checkpoints of a run where the recipe says auto
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a run stands; what a checkpoint keeps beside the tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    train_s: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    not_better: int = 0
+    first_eval: float | None = None
+    last_eval: float | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rhythm:
+    """Steps between log lines, evaluations and checkpoints; None: only at the end."""
+
+    total: int
+    log: int
+    eval: int | None
+    save: int | None
+    early_stop: int | None
+    keep_best: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, total: int) -> Rhythm:
+        """As the recipe asks."""
+
+        def every(asked: int | str) -> int | None:
+            return asked if isinstance(asked, int) else max(1, total // USUAL_COUNT) if asked == "auto" else None
+
+        return cls(
+            total, recipe.run.log_every, every(recipe.eval.every), every(recipe.run.save_every), recipe.eval.early_stop, recipe.run.best
+        )
+
+
+class Stop:
+    """Whether somebody asked the run to end at the next step boundary."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Within the block SIGTERM and Ctrl-C are requests; a second Ctrl-C ends at once. Only the main thread can listen."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def schedule(optim: OptimSpec, peak: float, total: int) -> Callable[[int], float]:
+    """Learning rate of step k, from 0.
+
+    Warm-up over w = ceil(warmup * total) steps: peak * (k + 1) / w. After it, with p = (k - w) / (total - w):
+    cosine peak * (1 + cos(pi p)) / 2, linear peak * (1 - p), constant peak.
+    """
+    warm = math.ceil(optim.warmup * total)
+
+    def rate(k: int) -> float:
+        if k < warm:
+            return peak * (k + 1) / warm
+        passed = (k - warm) / max(1, total - warm)
+        match optim.schedule:
+            case "cosine":
+                return peak * (1 + math.cos(math.pi * passed)) / 2
+            case "linear":
+                return peak * (1 - passed)
+            case "constant":
+                return peak
+
+    return rate
+
+
+def run(
+    engine: Engine,
+    source: Source,
+    layout: Callable[[Sequence[Example]], StepBatch],
+    held_out: Sequence[StepBatch],
+    rate: Callable[[int], float],
+    rhythm: Rhythm,
+    position: Position,
+    checkpoints: Checkpoints,
+    watch: Watch,
+    stop: Stop,
+) -> Position:
+    """Train from `position` to the end, and return where it ended.
+
+    Raises:
+        DivergedError: a loss or gradient was not finite. The weights are those before it, in a checkpoint.
+        StoppedError: asked to stop, with a checkpoint saved.
+        StorageError, DeviceError: from disk and device.
+    """
+    pending: list[tuple[StepMetrics, StepRecord, tuple[str, ...]]] = []
+    clock = time.perf_counter()
+
+    def save() -> None:
+        checkpoints.save(position.step, engine.state_dict(), asdict(position), best=position.best_step if rhythm.keep_best else None)
+
+    def flush() -> None:
+        """Bring the numbers of the last steps over, look at them, and show them."""
+        nonlocal clock
+        values = engine.read([metrics for metrics, _, _ in pending])
+        now = time.perf_counter()
+        tokens = sum(record.tokens for _, record, _ in pending)
+        records: list[StepRecord] = []
+        for value, (_, record, where) in zip(values, pending, strict=True):
+            if not value.ok:
+                watch.steps(records, 0.0, 0)
+                position.step = record.step - 1
+                position.tokens += sum(each.tokens for each in records)
+                if position.step and position.step not in checkpoints.steps():
+                    save()
+                raise _diverged(record.step, value.loss, value.grad_norm, where)
+            records.append(record.measured(value.loss, value.grad_norm))
+        position.train_s += now - clock
+        position.tokens += tokens
+        watch.steps(records, now - clock, tokens)
+        pending.clear()
+        clock = time.perf_counter()
+
+    def evaluate() -> bool:
+        """Measure the held-out loss; true if it is time to stop early."""
+        nonlocal clock
+        loss = engine.evaluate(held_out)
+        if not math.isfinite(loss):
+            raise _diverged_evaluation(position.step, loss)
+        better = position.best_loss is None or loss < position.best_loss
+        position.last_eval = loss
+        if better:
+            position.best_loss, position.best_step = loss, position.step
+        position.not_better = 0 if better else position.not_better + 1
+        watch.evaluation(position.step, loss, better)
+        clock = time.perf_counter()
+        return rhythm.early_stop is not None and position.not_better >= rhythm.early_stop
+
+    if held_out and position.first_eval is None:
+        position.first_eval = engine.evaluate(held_out)
+        if not math.isfinite(position.first_eval):
+            raise _diverged_evaluation(0, position.first_eval)
+        watch.evaluation(0, position.first_eval, False)
+        clock = time.perf_counter()
+    while position.step < rhythm.total and not position.ended:
+        k = position.step
+        batch = layout(source.step(k))
+        record = StepRecord(step=k + 1, lr=rate(k), tokens=batch.tokens, labels=batch.label_count)
+        pending.append((engine.step(batch, k, record.lr), record, batch.where))
+        position.step = done = k + 1
+
+        last = done == rhythm.total
+        asked = stop.signal
+        eval_due = bool(held_out) and (last or _due(done, rhythm.eval))
+        save_due = last or _due(done, rhythm.save) or asked is not None
+        if eval_due or save_due or _due(done, rhythm.log):
+            flush()
+        if eval_due:
+            position.ended = evaluate()
+            save_due = save_due or position.ended or (rhythm.keep_best and position.best_step == done)
+        if save_due:
+            save()
+            clock = time.perf_counter()
+        if asked is not None and not last:
+            raise _stopped(asked, done, rhythm.total)
+    return position
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _stopped(number: int, done: int, total: int) -> StoppedError:
+    preempted = number == signal.SIGTERM
+    return StoppedError(
+        f"stopped after step {done} of {total}, with a checkpoint saved",
+        why="the system asked the process to end (SIGTERM)" if preempted else "you pressed Ctrl-C",
+        fix="go on later with: pantheraml resume",
+        exit_code=PREEMPTED if preempted else INTERRUPTED,
+    )
+
+
+def _diverged_evaluation(step: int, loss: float) -> DivergedError:
+    return DivergedError(
+        f"the held-out loss after step {step} is not finite: {loss:g}",
+        why="the weights grew until the model's numbers overflow; the last checkpoint is from before that",
+        fix="lower optim.lr, and start again",
+    )
+
+
+def _diverged(step: int, loss: float, norm: float, where: tuple[str, ...]) -> DivergedError:
+    shown = ", ".join(where[:8]) + (f" and {len(where) - 8} more" if len(where) > 8 else "")
+    return DivergedError(
+        f"step {step} is not finite: loss {loss:g}, gradient norm {norm:g}",
+        why=f"the weights were not updated, and those of step {step - 1} are kept; the step's examples are {shown}",
+        fix="lower optim.lr, or look at those rows for text that is not like the rest, and start again",
+    )

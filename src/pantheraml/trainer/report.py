@@ -1,0 +1,129 @@
+"""What a run leaves for people and for programs: report.md, report.json and loss.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pantheraml.export.safetensors import atomic_file
+from pantheraml.planning.memory import format_bytes
+from pantheraml.planning.plan import Plan, format_seconds
+from pantheraml.trainer.samples import Sample
+from pantheraml.trainer.watch import read_metrics
+
+REPORT, REPORT_PAGE, PLOT = "report.json", "report.md", "loss.png"
+SHOWN_SAMPLES = 5
+
+
+def measured_beside(plan: Plan, *, peak_bytes: int | None, tokens_per_s: float | None, train_s: float | None) -> dict[str, dict[str, Any]]:
+    """What was planned and what came of it, in the same units."""
+    return {
+        "memory_bytes": {"planned": plan.memory.total_bytes, "measured": peak_bytes},
+        "tokens_per_s": {"planned": plan.cost.tokens_per_s, "measured": tokens_per_s},
+        "train_s": {"planned": plan.cost.time_s, "measured": train_s},
+    }
+
+
+def write_report(folder: Path, report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> None:
+    """All three files. `report` is what report.json holds besides the samples."""
+    values = {**report, "samples": [asdict(sample) for sample in samples]}
+    plot_loss(read_metrics(folder / "metrics.jsonl"), folder / PLOT)
+    with atomic_file(folder / REPORT) as unfinished:
+        unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    with atomic_file(folder / REPORT_PAGE) as unfinished:
+        unfinished.write_text(_page(report, plan, samples), "utf-8")
+
+
+def plot_loss(metrics: Sequence[dict[str, Any]], out: Path) -> None:
+    """Loss of each step, its running mean, and the held-out loss."""
+    from matplotlib.figure import Figure
+
+    steps = [line["step"] for line in metrics if "loss" in line]
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    held = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9bb7d4", linewidth=0.8, label="loss of each step")
+    if len(losses) >= 20:
+        axes.plot(steps, _smoothed(losses), color="#1f5a94", linewidth=1.8, label="running mean")
+    if held:
+        axes.plot(*zip(*held, strict=True), color="#c44e2b", marker="o", markersize=4, label="held-out rows")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with atomic_file(out) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a twentieth of the run, corrected for its start."""
+    keep = 1 - 1 / max(2.0, len(values) / 20)
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(mean / weight)
+    return smooth
+
+
+def _page(report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> str:
+    held, train, data = report["eval"], report["train"], report["data"]
+    lines = [f"# {report['run']}", ""]
+    lines += [
+        f"{report['method'].upper()} of `{report['model']}` ({report['adapter']}) on {plan.device} ({plan.device.name}), {plan.dtype}.",
+        "",
+    ]
+    lines += ["| result | before | after |", "|---|---|---|"]
+    lines += [f"| held-out loss | {_number(held['loss_before'])} | {_number(held['loss_after'])} |"]
+    if held["rows"]:
+        lines += [
+            f"| exact match on {held['rows']} held-out rows | {_share(held['exact_match_before'])} | {_share(held['exact_match_after'])} |"
+        ]
+    lines += ["", "![loss](loss.png)", "", "| what | planned | measured |", "|---|---|---|"]
+    beside = report["plan"]
+    lines += [f"| memory | {format_bytes(beside['memory_bytes']['planned'])} | {format_bytes(beside['memory_bytes']['measured'])} |"]
+    lines += [f"| tokens/s | {_count(beside['tokens_per_s']['planned'])} | {_count(beside['tokens_per_s']['measured'])} |"]
+    lines += [f"| time | {format_seconds(beside['train_s']['planned'])} | {format_seconds(beside['train_s']['measured'])} |"]
+    lines += ["", "## What ran", ""]
+    lines += [
+        f"- {train['steps']} steps of {train['batch_size']} examples, {train['tokens']:,} tokens; the weights are those of step {train['kept_step']}"
+    ]
+    lines += [f"- {train['trainable_parameters']:,} of {train['parameters']:,} parameters trained"]
+    lines += [
+        f"- data: {data['train_rows']} rows learned, {data['eval_rows']} held out, {data['bad_rows']} unusable; format {data['format']}"
+    ]
+    lines += [f"- {note}" for note in report["notes"]]
+    lines += ["", "## The plan", "", "| choice | value | why |", "|---|---|---|"]
+    lines += [f"| {choice} | {value} | {_cell(reason)} |" for choice, value, reason in plan.lines()]
+    if samples:
+        lines += ["", "## Samples", ""]
+    for sample in samples[:SHOWN_SAMPLES]:
+        parts = [("prompt", sample.prompt), ("expected", sample.expected), ("before", sample.before), ("after", sample.after)]
+        lines += [f"- {name}: {_code(text)}" for name, text in parts if text is not None] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Text of any kind on one line of Markdown."""
+    shown = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
+    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in shown).split()), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {shown} {fence}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _count(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.0f}"

@@ -1,0 +1,370 @@
+"""The main path: a recipe becomes a run. Start reading here.
+
+train(recipe)
+  open_folder      runs/<name>, locked
+  survey           what is here, how large the model is, what the data holds -> the plan
+  load, attach     the model, and its adapter
+  fit              engine, checkpoints, the loop, answers before and after
+  export, report   what is taken away, and what was seen
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import blake3
+
+from pantheraml.data.load import BadRows
+from pantheraml.data.pack import pack_step
+from pantheraml.data.prepare import Prepared, Records, prepare
+from pantheraml.engines.torch_engine import TorchEngine
+from pantheraml.errors import DataError, RecipeError
+from pantheraml.export.safetensors import save_adapter, save_full
+from pantheraml.hardware.backend import Backend, open_backend
+from pantheraml.hardware.cpu import usable_cores
+from pantheraml.hardware.detect import detect
+from pantheraml.hardware.select import select
+from pantheraml.kernels.table import kernel
+from pantheraml.models.adapters import attach
+from pantheraml.models.isolation import keeps_apart
+from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape
+from pantheraml.models.quantize import available, quantization
+from pantheraml.models.tiny import PREFIX as TINY
+from pantheraml.planning.plan import Plan, longest_allowed, make_plan
+from pantheraml.planning.shape import ModelShape
+from pantheraml.recipe.types import LoRA, Recipe
+from pantheraml.trainer import loop
+from pantheraml.trainer.checkpoint import Checkpoints, Damaged
+from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
+from pantheraml.trainer.report import REPORT, measured_beside, write_report
+from pantheraml.trainer.runs import Run
+from pantheraml.trainer.samples import answers, ask, exact_match, read_samples, with_answers, write_samples
+from pantheraml.trainer.sft import sft_loss
+from pantheraml.trainer.watch import Watch, open_reporters
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """Everything that is known before a weight is loaded."""
+
+    recipe: Recipe
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    plan: Plan
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    rows: Records | None = None,
+    held_out: Records | None = None,
+) -> Run:
+    """Train as the recipe says, and return the run. With `resume`, go on from its newest sound checkpoint.
+
+    Args:
+        console: where progress is shown; None: standard error.
+        rows, held_out: rows from memory, instead of those that the recipe's data names.
+    Raises: PantheraError of the kind that fits; see errors.py.
+    """
+    console = console or _console()
+    with open_folder(recipe, resume=resume) as (folder, recipe):
+        if resume and (folder / REPORT).exists():
+            console.print(f"The run {folder} has ended already.", markup=False)
+            return Run(folder)
+        local = _with_local_base(recipe, folder)
+        view = survey(local, folder=folder, console=console, rows=rows, held_out=held_out)
+        plan = _stored_plan(folder, view.plan, console) if resume else view.plan
+        backend = open_backend(plan.device.kind)
+        backend.set_threads(plan.threads)
+        import torch
+
+        model: Any = load_model(
+            local.model,
+            dtype=getattr(torch, plan.base_dtype),
+            device=backend.torch_device(plan.device.index),
+            attention=plan.attention,
+            quantization=quantization(plan.quantizer, getattr(torch, plan.dtype)) if plan.quantizer else None,
+        )
+        plan = isolated(model, plan, local, console)
+        if isinstance(local.adapter, LoRA):
+            backend.seed(local.run.seed)
+            model = attach(model, local.adapter)
+        write_json(folder / PLAN, plan.to_dict())
+        return fit(replace(view, plan=plan), model, backend, folder, console)
+
+
+def survey(
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    console: Console | None = None,
+    rows: Records | None = None,
+    held_out: Records | None = None,
+) -> Survey:
+    """Look at machine, model and data, and make the plan. Loads no weight; `folder` gets bad_rows.jsonl."""
+    inventory = detect(None if recipe.hardware.kind == "auto" else {recipe.hardware.kind})
+    device, _ = select(inventory, recipe.hardware)
+    backend = open_backend(device.kind)
+    shape = read_shape(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    bad = BadRows(recipe.data.on_bad_row, recipe.data.max_bad_rows)
+    try:
+        data = prepare(
+            recipe.data,
+            tokenizer,
+            bad,
+            max_tokens=longest_allowed(recipe, shape)[0],
+            loss_on=recipe.method.loss_on,
+            seed=recipe.run.seed,
+            questions=recipe.eval.generate_rows,
+            memory_bytes=device.free_bytes,
+            train=rows,
+            held_out=held_out,
+        )
+    finally:
+        if folder and bad.rows:
+            bad.write(folder / BAD_ROWS)
+    plan = make_plan(
+        recipe,
+        inventory,
+        shape,
+        train_tokens=int(data.train.lengths.sum()) if data.train is not None else None,
+        train_rows=len(data.train) if data.train is not None else None,
+        longest_example=int(max(data.train.lengths.max(), *data.held_out.lengths, 1)) if data.train is not None else None,
+        attention=backend.attention,
+        quantizers=available(backend.quantizers),
+        available_threads=usable_cores(),
+    )
+    if console:
+        for note in (f"Data: {data.detected.format} ({data.detected.why}).", *data.notes):
+            console.print(note, markup=False, highlight=False)
+    return Survey(recipe=recipe, shape=shape, tokenizer=tokenizer, data=data, plan=plan)
+
+
+def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console) -> Run:
+    """Train the model that is here, and leave results and report in the folder. Goes on where checkpoints are found."""
+    recipe, plan, data, tokenizer = view.recipe, view.plan, view.data, view.tokenizer
+    source = data.source(batch_size=plan.batch_size, seed=recipe.run.seed, epochs=recipe.optim.epochs, steps=recipe.optim.steps)
+    layout = _layout(plan, tokenizer, trim=not backend.static_shapes)
+    engine = TorchEngine(backend)
+    loss = sft_loss(model, kernel("linear_cross_entropy", plan.device.kind))
+    engine.prepare(model, loss, recipe.optim, plan, seed=recipe.run.seed)
+
+    checkpoints = Checkpoints(folder / CHECKPOINTS, fingerprint=_fingerprint(recipe, source.fingerprint), keep=recipe.run.keep)
+    found = checkpoints.newest(console.print)
+    position = loop.Position()
+    if found:
+        position = loop.Position(**{key: value for key, value in found.state.items() if key in loop.Position.__slots__})
+        engine.load_state_dict(found.tensors)
+        checkpoints.discard_after(found.step)
+        console.print(f"Going on after step {found.step} of {source.total_steps}.", markup=False)
+
+    samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
+    stored = read_samples(folder / BEFORE)
+    if stored is None or len(stored) != len(samples):
+        stored = with_answers(samples, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=False)
+        write_samples(folder / BEFORE, stored)
+
+    index = plan.device.index
+    watch = Watch(
+        folder,
+        console,
+        total=source.total_steps,
+        start=position.step,
+        memory_bytes=lambda: backend.memory(index).used_bytes,
+        reporters=open_reporters(recipe.run.reporters, folder, learned(recipe)),
+    )
+    backend.reset_peak(index)
+    held_out = [layout(data.held_out[i : i + plan.batch_size]) for i in range(0, len(data.held_out), plan.batch_size)]
+    rhythm = loop.Rhythm.of(recipe, source.total_steps)
+    try:
+        with loop.Stop().listening() as stop:
+            position = loop.run(
+                engine,
+                source,
+                layout,
+                held_out,
+                loop.schedule(recipe.optim, plan.lr, source.total_steps),
+                rhythm,
+                position,
+                checkpoints,
+                watch,
+                stop,
+            )
+    finally:
+        watch.close()
+    peak_bytes = backend.memory(index).peak_bytes
+
+    notes = list(data.notes)
+    kept = position.step
+    if rhythm.keep_best and position.best_step not in (None, position.step):
+        try:
+            engine.load_weights(checkpoints.load(position.best_step).tensors)
+            kept = position.best_step
+        except Damaged as error:
+            notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
+            console.print(notes[-1], markup=False)
+    final = engine.evaluate(held_out) if held_out else None
+    samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
+
+    _save(model, tokenizer, recipe, folder)
+    run = Run(folder)
+    speed = position.tokens / position.train_s if position.train_s else None
+    report = {
+        "run": folder.name,
+        "pantheraml": version("pantheraml"),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": recipe.model.name,
+        "method": recipe.method.kind,
+        "adapter": recipe.adapter.kind,
+        "device": asdict(plan.device),
+        "dtype": plan.dtype,
+        "data": {
+            "format": data.detected.format,
+            "train_rows": len(data.train) if data.train is not None else None,
+            "eval_rows": len(data.held_out),
+            "bad_rows": len(data.bad.rows),
+            "in_both": len(data.shared),
+        },
+        "train": {
+            "steps": position.step,
+            "kept_step": kept,
+            "batch_size": plan.batch_size,
+            "tokens": position.tokens,
+            "tokens_per_s": speed,
+            "train_s": position.train_s,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": view.shape.parameters,
+        },
+        "eval": {
+            "rows": len(data.questions),
+            "loss_before": position.first_eval,
+            "loss_after": final,
+            "exact_match_before": exact_match(samples, after=False),
+            "exact_match_after": exact_match(samples, after=True),
+        },
+        "plan": measured_beside(plan, peak_bytes=peak_bytes, tokens_per_s=speed, train_s=position.train_s),
+        "notes": notes,
+    }
+    exports = [("merged", None)] if recipe.export.merged else []
+    exports += [("gguf", kind) for kind in recipe.export.gguf]
+    for to, kind in exports:
+        exported = run.export(to, type=kind) if kind else run.export(to)
+        console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
+    write_report(folder, report, plan, samples)
+    return run
+
+
+def evaluate(recipe: Recipe, model: Any, *, console: Console | None = None) -> dict[str, Any]:
+    """Loss and exact match of a model on all rows of `recipe.data.train`, without training. Exact match is None for plain text."""
+    view = survey(recipe, console=console)
+    data, plan = view.data, view.plan
+    backend = open_backend(plan.device.kind)
+    engine = TorchEngine(backend)
+    engine.prepare(model, sft_loss(model, kernel("linear_cross_entropy", plan.device.kind)), None, plan, seed=recipe.run.seed)
+    layout = _layout(plan, view.tokenizer, trim=not backend.static_shapes)
+    examples = data.held_out
+    loss = engine.evaluate([layout(examples[i : i + plan.batch_size]) for i in range(0, len(examples), plan.batch_size)])
+    samples, asked = ask(data.questions, (), data.encoder)
+    samples = with_answers(samples, answers(model, view.tokenizer, asked, recipe.eval.max_new_tokens), after=True)
+    return {
+        "rows": len(examples),
+        "loss": loss,
+        "answered_rows": len(data.questions),
+        "exact_match": exact_match(samples, after=True),
+        "samples": [{"prompt": s.prompt, "expected": s.expected, "answer": s.after} for s in samples],
+    }
+
+
+def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
+    """The plan, without packing if this model turns out to mix the examples of a row. Raises: RecipeError if packing was asked for."""
+    if not plan.packing or keeps_apart(model):
+        return plan
+    why = "tried on the model: an example behind another one in its row gets other logits than alone"
+    if recipe.data.packing == "on":
+        raise RecipeError(
+            f"data.packing=on, but {recipe.model.name} does not keep packed examples apart", why=why, fix="set data.packing to off, or auto"
+        )
+    console.print(f"Packing is off ({why}).", markup=False)
+    return replace(plan, packing=False, reasons={**plan.reasons, "packing": why})
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _layout(plan: Plan, tokenizer: Any, *, trim: bool) -> Callable[[Iterable[Any]], Any]:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return lambda examples: pack_step(
+        list(examples), row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=trim
+    )
+
+
+def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
+    """A `tiny:` model is written into the run folder, so that its adapter has a base that anybody can load."""
+    if not recipe.model.name.startswith(TINY):
+        return recipe
+    import torch
+
+    base = folder / BASE
+    if not base.exists():
+        model = load_model(recipe.model, dtype=torch.float32, device=torch.empty(0).device, seed=recipe.run.seed)
+        save_full(model, load_tokenizer(recipe.model), base, verify=False)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(base)})})
+
+
+def _stored_plan(folder: Path, fresh: Plan, console: Console) -> Plan:
+    """The plan that the run began with, so that it goes on bit by bit; a new one if its device is not here."""
+    values: Mapping[str, Any] | None = read_json(folder / PLAN)
+    if values is None:
+        return fresh
+    try:
+        stored = Plan.from_dict(dict(values))
+    except ValueError:
+        console.print(f"{folder / PLAN} is not a plan of this version: a new one is made.", markup=False)
+        return fresh
+    if (stored.device.kind, stored.device.index) != (fresh.device.kind, fresh.device.index):
+        console.print(
+            f"The run began on {stored.device}, which was not chosen here: it goes on on {fresh.device}, not bit by bit.", markup=False
+        )
+        return fresh
+    return stored
+
+
+def _fingerprint(recipe: Recipe, data: str) -> str:
+    parts = learned(recipe)
+    for place in ("train", "eval"):  # a moved file is the same data; what is in it is in `data`
+        del parts["data"][place]
+    del parts["model"]["name"]
+    return blake3.blake3(repr((parts, data)).encode()).hexdigest()
+
+
+def _save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> None:
+    if isinstance(recipe.adapter, LoRA):
+        save_adapter(model, tokenizer, folder / ADAPTER, overwrite=True)
+        return
+    import torch
+
+    stored = read_config(recipe.model).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored), torch.float32)
+    save_full(model, tokenizer, folder / MODEL, dtype=dtype, overwrite=True)
+
+
+def need_rows(data: Prepared) -> None:
+    """Raises: DataError if there is nothing to measure on."""
+    if not len(data.held_out):
+        raise DataError("there are no rows to evaluate on", why="none of them could be used", fix="name a file with rows")
