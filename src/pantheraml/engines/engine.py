@@ -51,8 +51,8 @@ class StepValues:
 class Engine(Protocol):
     """One model, one optimizer, one way to compute."""
 
-    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec, plan: Plan, *, seed: int) -> None:
-        """Takes over the model. Raises: ValueError if no parameter trains."""
+    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int) -> None:
+        """Takes over the model; without `optim` it can only evaluate. Raises: ValueError if no parameter trains."""
         ...
 
     def step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:

@@ -28,12 +28,14 @@ class TorchEngine:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec, plan: Plan, *, seed: int) -> None:
+    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int) -> None:
         """See `Engine.prepare`."""
-        self._model, self._loss, self._clip_norm, self._seed = model, loss, optim.clip_norm, seed
-        self._plan = plan
+        self._model, self._loss, self._plan, self._seed = model, loss, plan, seed
         self._device = self._backend.torch_device(plan.device.index)
         self._dtype = getattr(torch, plan.dtype)
+        if optim is None:
+            return
+        self._clip_norm = optim.clip_norm
         self._trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trained:
             raise ValueError("no parameter of the model trains")
@@ -91,6 +93,7 @@ class TorchEngine:
 
     def evaluate(self, batches: Sequence[StepBatch]) -> float:
         """See `Engine.evaluate`."""
+        was_training = self._model.training
         self._model.eval()
         total = torch.zeros((), device=self._device)
         labels = 0
@@ -101,7 +104,7 @@ class TorchEngine:
                         total += self._loss(self._model, self._on_device(micro))
                     labels += batch.label_count
         finally:
-            self._model.train()
+            self._model.train(was_training)
         return float(total) / max(1, labels)
 
     def state_dict(self) -> State:

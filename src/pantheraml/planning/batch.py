@@ -86,7 +86,8 @@ def choose_micro_tokens(
     """
     budget = free_bytes if asked else int(free_bytes * HEADROOM)
     busy = BUSY_TOKENS_FAST if peak_flops is not None and peak_flops >= FAST_FLOPS else BUSY_TOKENS
-    cap = max(longest_row, min(busy, batch_tokens))
+    # Steps differ in length: with a quarter more, nearly all of them are taken at once.
+    cap = max(longest_row, min(busy, round_lengths(batch_tokens * 5 // 4)[-1]))
     sizes = (
         (asked,)
         if asked

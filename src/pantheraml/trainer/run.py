@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import blake3
 
 from pantheraml.data.load import BadRows
-from pantheraml.data.pack import pack_step
+from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.data.prepare import Prepared, Records, prepare
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DataError, RecipeError
@@ -42,7 +42,7 @@ from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
 from pantheraml.trainer.report import REPORT, measured_beside, write_report
-from pantheraml.trainer.runs import Run
+from pantheraml.trainer.runs import Loaded, Run
 from pantheraml.trainer.samples import answers, ask, exact_match, read_samples, with_answers, write_samples
 from pantheraml.trainer.sft import sft_loss
 from pantheraml.trainer.watch import Watch, open_reporters
@@ -102,7 +102,7 @@ def train(
             backend.seed(local.run.seed)
             model = attach(model, local.adapter)
         write_json(folder / PLAN, plan.to_dict())
-        return fit(replace(view, plan=plan), model, backend, folder, console)
+        return fit(replace(view, recipe=recipe, plan=plan), model, backend, folder, console)
 
 
 def survey(
@@ -187,7 +187,7 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
         reporters=open_reporters(recipe.run.reporters, folder, learned(recipe)),
     )
     backend.reset_peak(index)
-    held_out = [layout(data.held_out[i : i + plan.batch_size]) for i in range(0, len(data.held_out), plan.batch_size)]
+    held_out = _batches(data, plan, layout)
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     try:
         with loop.Stop().listening() as stop:
@@ -267,24 +267,31 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
     return run
 
 
-def evaluate(recipe: Recipe, model: Any, *, console: Console | None = None) -> dict[str, Any]:
-    """Loss and exact match of a model on all rows of `recipe.data.train`, without training. Exact match is None for plain text."""
-    view = survey(recipe, console=console)
+def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
+    """Loss and exact match of a model on the recipe's held-out rows, without training. Exact match is None for plain text.
+
+    Raises: DataError if nothing is held out.
+    """
+    view = survey(recipe)
     data, plan = view.data, view.plan
+    if not len(data.held_out):
+        raise DataError(
+            "there are no rows to evaluate on",
+            why="the run held none out, or none of them could be used",
+            fix="name a file with rows: pantheraml eval RUN FILE",
+        )
     backend = open_backend(plan.device.kind)
     engine = TorchEngine(backend)
-    engine.prepare(model, sft_loss(model, kernel("linear_cross_entropy", plan.device.kind)), None, plan, seed=recipe.run.seed)
-    layout = _layout(plan, view.tokenizer, trim=not backend.static_shapes)
-    examples = data.held_out
-    loss = engine.evaluate([layout(examples[i : i + plan.batch_size]) for i in range(0, len(examples), plan.batch_size)])
+    engine.prepare(loaded.model, sft_loss(loaded.model, kernel("linear_cross_entropy", plan.device.kind)), None, plan, seed=recipe.run.seed)
+    layout = _layout(replace(plan, packing=False), view.tokenizer, trim=not backend.static_shapes)
     samples, asked = ask(data.questions, (), data.encoder)
-    samples = with_answers(samples, answers(model, view.tokenizer, asked, recipe.eval.max_new_tokens), after=True)
+    samples = with_answers(samples, answers(loaded.model, loaded.tokenizer, asked, recipe.eval.max_new_tokens), after=True)
     return {
-        "rows": len(examples),
-        "loss": loss,
+        "rows": len(data.held_out),
+        "loss": engine.evaluate(_batches(data, plan, layout)),
         "answered_rows": len(data.questions),
         "exact_match": exact_match(samples, after=True),
-        "samples": [{"prompt": s.prompt, "expected": s.expected, "answer": s.after} for s in samples],
+        "samples": [{"prompt": sample.prompt, "expected": sample.expected, "answer": sample.after} for sample in samples],
     }
 
 
@@ -307,11 +314,19 @@ def _console() -> Console:
     return Console(stderr=True)
 
 
-def _layout(plan: Plan, tokenizer: Any, *, trim: bool) -> Callable[[Iterable[Any]], Any]:
+def _layout(plan: Plan, tokenizer: Any, *, trim: bool) -> Callable[[Iterable[Any]], StepBatch]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return lambda examples: pack_step(
         list(examples), row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=trim
     )
+
+
+def _batches(data: Prepared, plan: Plan, layout: Callable[[Iterable[Any]], StepBatch]) -> list[StepBatch]:
+    """The held-out examples, as many at a time as a training step takes."""
+    held = data.held_out
+    return [
+        layout(held[i] for i in range(start, min(start + plan.batch_size, len(held)))) for start in range(0, len(held), plan.batch_size)
+    ]
 
 
 def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
@@ -362,9 +377,3 @@ def _save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> None:
     stored = read_config(recipe.model).dtype
     dtype = stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored), torch.float32)
     save_full(model, tokenizer, folder / MODEL, dtype=dtype, overwrite=True)
-
-
-def need_rows(data: Prepared) -> None:
-    """Raises: DataError if there is nothing to measure on."""
-    if not len(data.held_out):
-        raise DataError("there are no rows to evaluate on", why="none of them could be used", fix="name a file with rows")

@@ -1,0 +1,5 @@
+"""`python -m pantheraml` is `pantheraml`."""
+
+from pantheraml.cli import main
+
+main()
