@@ -135,7 +135,7 @@ class Encoder:
     ) -> None:
         _need_eos(tokenizer)
         self.tokenizer = tokenizer
-        self.loss_on = loss_on
+        self.loss_on: Literal["assistant", "last", "all"] = loss_on
         self.format: Format = format
         self._template = chat_template
         self._begin = _begin(tokenizer)

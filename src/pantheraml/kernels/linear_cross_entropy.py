@@ -42,7 +42,7 @@ def linear_cross_entropy(
     rows_N = (flat_labels != -100).nonzero().squeeze(1)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, rows_N)
     dtype = torch.get_autocast_dtype(hidden_BTD.device.type) if torch.is_autocast_enabled(hidden_BTD.device.type) else weight_VD.dtype
-    result: Tensor = _LinearCrossEntropy.apply(  # pyright: ignore[reportAssignmentType]
+    result: Tensor = _LinearCrossEntropy.apply(
         hidden_ND.to(dtype), weight_VD, bias_V, flat_labels.index_select(0, rows_N), scale, softcap, chunk, dtype
     )
     return result

@@ -28,11 +28,12 @@ def linear_names(model: Any) -> list[str]:
     return list(found)
 
 
-def attach(model: Any, spec: LoRA) -> PeftModel:
-    """The model with a new adapter that changes nothing yet: float32, B = 0. Draws A from torch's generator.
+def attach(model: Any, spec: LoRA, *, seed: int) -> PeftModel:
+    """The model with a new adapter that changes nothing yet: float32, A drawn from `seed`, B = 0.
 
     Raises: RecipeError if the targets name no linear layer.
     """
+    import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
     linears = linear_names(model)
@@ -47,7 +48,9 @@ def attach(model: Any, spec: LoRA) -> PeftModel:
         use_dora=spec.dora,
     )
     try:
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+        with torch.random.fork_rng():  # the caller's random numbers stay as they are
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(
             f"adapter.targets={', '.join(spec.targets)} cannot be used on this model",

@@ -40,24 +40,33 @@ def read_shape(spec: ModelSpec) -> ModelShape:
 
     Raises: RecipeError if there is no such model, or it is not a causal language model.
     """
+    return shape_of(_empty(spec, read_config(spec)), spec.name)
+
+
+def shape_of(model: Any, name: str) -> ModelShape:
+    """The same for a model that is there; what an adapter added to it is not counted."""
     import torch
     from torch import nn
 
-    config = read_config(spec)
-    model = _empty(spec, config)
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()
+    config = model.config
     text: Any = config.get_text_config()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     hidden = int(text.hidden_size)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype), None)
-    tied = head is None or head.weight is embedding.weight
+    own_head = 0 if head is None or head.weight is embedding.weight else head.weight.numel()
     return ModelShape(
-        name=spec.name,
+        name=name,
         family=str(text.model_type),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),  # a tied one is named once
-        embedding_parameters=embedding.weight.numel() + (0 if tied else head.weight.numel()),
+        # A tied one is named once.
+        parameters=sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_adapter(name)),
+        embedding_parameters=embedding.weight.numel() + own_head,
         linears=tuple(
-            (module.in_features, module.out_features) for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+            (module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head and not _is_adapter(name)
         ),
         layers=int(text.num_hidden_layers),
         hidden=hidden,
@@ -71,6 +80,10 @@ def read_shape(spec: ModelSpec) -> ModelShape:
         weight_bytes_each=dtype.itemsize if dtype else 4,
         attention=_attention_of(type(model)),
     )
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

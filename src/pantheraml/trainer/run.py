@@ -32,7 +32,7 @@ from pantheraml.hardware.select import select
 from pantheraml.kernels.table import kernel
 from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
-from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape
+from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
 from pantheraml.models.quantize import available, quantization
 from pantheraml.models.tiny import PREFIX as TINY
 from pantheraml.planning.plan import Plan, longest_allowed, make_plan
@@ -62,6 +62,10 @@ class Survey:
     data: Prepared
     plan: Plan
 
+    def with_plan(self, plan: Plan) -> Survey:
+        """The same with another plan."""
+        return replace(self, plan=plan)
+
 
 def train(
     recipe: Recipe,
@@ -78,14 +82,14 @@ def train(
         rows, held_out: rows from memory, instead of those that the recipe's data names.
     Raises: PantheraError of the kind that fits; see errors.py.
     """
-    console = console or _console()
+    console = console or default_console()
     with open_folder(recipe, resume=resume) as (folder, recipe):
         if resume and (folder / REPORT).exists():
             console.print(f"The run {folder} has ended already.", markup=False)
             return Run(folder)
         local = _with_local_base(recipe, folder)
         view = survey(local, folder=folder, console=console, rows=rows, held_out=held_out)
-        plan = _stored_plan(folder, view.plan, console) if resume else view.plan
+        plan = stored_plan(folder, view.plan, console) if resume else view.plan
         backend = open_backend(plan.device.kind)
         backend.set_threads(plan.threads)
         import torch
@@ -99,8 +103,7 @@ def train(
         )
         plan = isolated(model, plan, local, console)
         if isinstance(local.adapter, LoRA):
-            backend.seed(local.run.seed)
-            model = attach(model, local.adapter)
+            model = attach(model, local.adapter, seed=local.run.seed)
         write_json(folder / PLAN, plan.to_dict())
         return fit(replace(view, recipe=recipe, plan=plan), model, backend, folder, console)
 
@@ -112,13 +115,20 @@ def survey(
     console: Console | None = None,
     rows: Records | None = None,
     held_out: Records | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
 ) -> Survey:
-    """Look at machine, model and data, and make the plan. Loads no weight; `folder` gets bad_rows.jsonl."""
+    """Look at machine, model and data, and make the plan. Loads no weight.
+
+    Args:
+        folder: gets bad_rows.jsonl.
+        rows, held_out: rows from memory. model, tokenizer: those that are here already.
+    """
     inventory = detect(None if recipe.hardware.kind == "auto" else {recipe.hardware.kind})
     device, _ = select(inventory, recipe.hardware)
     backend = open_backend(device.kind)
-    shape = read_shape(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
+    shape = read_shape(recipe.model) if model is None else shape_of(model, recipe.model.name)
+    tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
     bad = BadRows(recipe.data.on_bad_row, recipe.data.max_bad_rows)
     try:
         data = prepare(
@@ -258,10 +268,9 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
         "plan": measured_beside(plan, peak_bytes=peak_bytes, tokens_per_s=speed, train_s=position.train_s),
         "notes": notes,
     }
-    exports = [("merged", None)] if recipe.export.merged else []
-    exports += [("gguf", kind) for kind in recipe.export.gguf]
-    for to, kind in exports:
-        exported = run.export(to, type=kind) if kind else run.export(to)
+    exports = [run.export("merged")] if recipe.export.merged else []
+    exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
+    for exported in exports:
         console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
     write_report(folder, report, plan, samples)
     return run
@@ -308,7 +317,8 @@ def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
     return replace(plan, packing=False, reasons={**plan.reasons, "packing": why})
 
 
-def _console() -> Console:
+def default_console() -> Console:
+    """Progress goes to standard error, so that results can be piped."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -342,7 +352,7 @@ def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(base)})})
 
 
-def _stored_plan(folder: Path, fresh: Plan, console: Console) -> Plan:
+def stored_plan(folder: Path, fresh: Plan, console: Console) -> Plan:
     """The plan that the run began with, so that it goes on bit by bit; a new one if its device is not here."""
     values: Mapping[str, Any] | None = read_json(folder / PLAN)
     if values is None:

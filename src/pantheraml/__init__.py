@@ -1,0 +1,52 @@
+"""Fine-tune and run language models on whatever hardware is there.
+
+    import pantheraml
+
+    run = pantheraml.train("Qwen/Qwen3-0.6B", "examples.jsonl")
+    print(run.chat("hi"))
+    run.export("gguf")
+
+Importing this imports no torch, changes no other module and sets nothing; each name brings its room when it is used.
+The shape of the API comes from Unsloth.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pantheraml.api import FastLanguageModel as FastLanguageModel
+    from pantheraml.api import Trainer as Trainer
+    from pantheraml.api import TrainingArguments as TrainingArguments
+    from pantheraml.api import plan as plan
+    from pantheraml.api import resume as resume
+    from pantheraml.api import train as train
+    from pantheraml.errors import PantheraError as PantheraError
+    from pantheraml.recipe.types import Recipe as Recipe
+    from pantheraml.trainer.runs import Run as Run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FastLanguageModel": "pantheraml.api",
+    "Trainer": "pantheraml.api",
+    "TrainingArguments": "pantheraml.api",
+    "plan": "pantheraml.api",
+    "resume": "pantheraml.api",
+    "train": "pantheraml.api",
+    "PantheraError": "pantheraml.errors",
+    "Recipe": "pantheraml.recipe.types",
+    "Run": "pantheraml.trainer.runs",
+}
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pantheraml' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,447 @@
+"""The Python face, in the shapes that people know: three functions, `FastLanguageModel`, and `Trainer`.
+
+It is the main path of trainer/run.py with the steps in the user's hands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pantheraml.errors import PantheraError, RecipeError
+from pantheraml.recipe.load import load_recipe, recipe_from
+from pantheraml.recipe.types import LoRA, ModelSpec, Recipe
+from pantheraml.trainer.run import fit, isolated, survey
+from pantheraml.trainer.run import train as train_recipe
+from pantheraml.trainer.runs import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pantheraml.planning.plan import Plan
+
+Rows = Iterable[Mapping[str, Any]]
+Paths = str | Sequence[str]
+
+
+def train(model: str, data: Paths | Rows | None = None, *, resume: bool = False, console: Console | None = None, **settings: Any) -> Run:
+    """Fine-tune a model on data, and return the run.
+
+    Args:
+        model: a Hub id, a folder, `tiny:llama`, or the path of a recipe (then without `data`).
+        data: a file, several, `hub:ORG/SET`, or rows in memory (dicts, a `datasets.Dataset`).
+        resume: go on with the run of this recipe, if there is one.
+        console: where progress is shown; None: standard error.
+        settings: keys of a recipe with `__` for the dot, or whole sections:
+            `optim__lr=1e-4`, `batch={"size": 8}`, `adapter="full"`.
+    Raises: PantheraError; its text says what, why, and what to do.
+    """
+    recipe, rows = _recipe(model, data, settings)
+    return train_recipe(recipe, resume=resume, console=console, rows=rows)
+
+
+def plan(model: str, data: Paths | Rows | None = None, **settings: Any) -> Plan:
+    """What `train` would do, and why; loads no weight. Arguments as for `train`."""
+    recipe, rows = _recipe(model, data, settings)
+    return survey(recipe, rows=rows).plan
+
+
+def resume(run: str | Path, *, console: Console | None = None) -> Run:
+    """Go on with the run in a folder, from its newest sound checkpoint. For runs that read their data from files."""
+    recipe, folder = Run(run).recipe, Path(run)
+    where = recipe.run.model_copy(update={"folder": str(folder.parent), "name": folder.name})
+    return train_recipe(recipe.model_copy(update={"run": where}), resume=True, console=console)
+
+
+def _recipe(model: str, data: Paths | Rows | None, settings: Mapping[str, Any]) -> tuple[Recipe, Rows | None]:
+    sections: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, dot, key = name.partition("__")
+        if dot:
+            sections.setdefault(section, {})[key] = value
+        else:
+            sections[section] = value
+    if data is None:
+        if not model.endswith((".yaml", ".yml")):
+            raise RecipeError("train needs data", why=f"{model} is no recipe file that names some", fix='train("MODEL", "examples.jsonl")')
+        return load_recipe(
+            Path(model), [f"{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()]
+        ), None
+    if isinstance(data, str) or (isinstance(data, Sequence) and all(isinstance(path, str) for path in data)):
+        return recipe_from({**sections, "model": model, "data": _with_train(sections.get("data"), data)}), None
+    rows = [dict(row) for row in cast("Rows", data)]
+    return recipe_from({**sections, "model": model, "data": _with_train(sections.get("data"), IN_MEMORY)}), rows
+
+
+IN_MEMORY = "<memory>"
+
+
+def _with_train(section: Any, paths: Any) -> dict[str, Any]:
+    given = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
+    return {**given, "train": list(paths) if not isinstance(paths, str) else paths}
+
+
+class FastLanguageModel:
+    """Loading and adapting, step by step. The models are plain Hugging Face and PEFT models with two more methods:
+    `save_pretrained_merged` and `save_pretrained_gguf`."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int | None = None,
+        dtype: Any = None,
+        load_in_4bit: bool = False,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        device: Literal["auto", "cpu", "cuda", "xpu"] = "auto",
+        attn_implementation: str | None = None,
+        seed: int = 3407,
+    ) -> tuple[Any, Any]:
+        """(model, tokenizer), the model on the best device that answers.
+
+        Args:
+            model_name: a Hub id, a folder, or `tiny:llama`.
+            max_seq_length: longest example in tokens, kept for the Trainer; None: 2048, or what the model can do.
+            dtype: a torch dtype or its name; None: bfloat16 where the device is fast in it, else float32.
+            load_in_4bit: hold the weights in NF4 (needs bitsandbytes); train it with an adapter.
+            seed: of the weights of a `tiny:` model.
+        Raises: RecipeError if there is no such model; DeviceError if there is no such device.
+        """
+        import torch
+
+        from pantheraml.hardware.backend import open_backend
+        from pantheraml.hardware.detect import detect
+        from pantheraml.hardware.select import select
+        from pantheraml.models.load import load_model, load_tokenizer
+        from pantheraml.models.quantize import NF4, quantization
+        from pantheraml.recipe.types import HardwareAsk
+
+        chosen, _ = select(detect(None if device == "auto" else {device}), HardwareAsk(kind=device))
+        backend = open_backend(chosen.kind)
+        name = str(dtype).removeprefix("torch.") if dtype is not None else chosen.dtypes[0]
+        arithmetic = getattr(torch, name, None)
+        if not isinstance(arithmetic, torch.dtype) or name not in chosen.dtypes:
+            raise RecipeError(
+                f"dtype={name} does not train on {chosen}",
+                why=f"it trains well in {', '.join(chosen.dtypes)}",
+                fix=f"pass dtype=None, or one of {', '.join(chosen.dtypes)}",
+            )
+        spec = ModelSpec(name=model_name, revision=revision, trust_remote_code=trust_remote_code)
+        model = load_model(
+            spec,
+            dtype=arithmetic,
+            device=backend.torch_device(chosen.index),
+            attention=attn_implementation,
+            quantization=quantization(NF4, arithmetic) if load_in_4bit else None,
+            seed=seed,
+        )
+        _note(model, _Origin(spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, load_in_4bit=load_in_4bit))
+        return _with_savers(model), load_tokenizer(spec)
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        r: int = 16,
+        target_modules: str | Sequence[str] = "all-linear",
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        use_gradient_checkpointing: bool | str = False,
+        random_state: int = 3407,
+        **rest: Any,
+    ) -> Any:
+        """The model with a LoRA on its linear layers, as a PEFT model. The arguments are those of PEFT's LoraConfig.
+
+        Raises: RecipeError for targets that are no linear layers, or an argument that is not known here.
+        """
+        from pantheraml.models.adapters import attach
+
+        if unknown := [name for name, value in rest.items() if not (name in _HARMLESS and value in _HARMLESS[name])]:
+            raise RecipeError(
+                f"get_peft_model does not know {', '.join(f'{name}={rest[name]!r}' for name in unknown)}",
+                why="an argument that nothing reads would change nothing",
+                fix="leave it out, or make the adapter with peft.get_peft_model: it trains here just as well",
+            )
+        targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+        spec = LoRA(rank=r, alpha=float(lora_alpha), dropout=lora_dropout, targets=targets, rslora=use_rslora, dora=use_dora)
+        adapted: Any = attach(model, spec, seed=random_state)
+        if use_gradient_checkpointing:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            adapted.enable_input_require_grads()
+        origin = _origin(model)
+        _note(adapted, replace(origin, adapter=spec))
+        return _with_savers(adapted)
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Evaluation mode with the key-value cache on; returns the same model."""
+        model.config.use_cache = True
+        return model.eval()
+
+    @staticmethod
+    def for_training(model: Any) -> Any:
+        """Training mode; returns the same model."""
+        return model.train()
+
+
+# Arguments of snippets written for Unsloth that ask for what is so anyway.
+_HARMLESS: dict[str, tuple[Any, ...]] = {"bias": ("none",), "loftq_config": (None,), "max_seq_length": (None,), "task_type": ("CAUSAL_LM",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """Where a model came from; kept on the instance, for its Trainer and for merging."""
+
+    spec: ModelSpec
+    max_tokens: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    load_in_4bit: bool = False
+    adapter: LoRA | None = None
+
+
+def _note(model: Any, origin: _Origin) -> None:
+    model.pantheraml_origin = origin
+
+
+def _origin(model: Any) -> _Origin:
+    """What is known of a model; one that somebody else loaded is known by its own words."""
+    for each in (model, model.get_base_model() if hasattr(model, "peft_config") else model):
+        found: object = each.__dict__.get("pantheraml_origin")
+        if isinstance(found, _Origin):
+            return found
+    name = str(model.config.name_or_path or "model")
+    return _Origin(spec=ModelSpec(name=name), dtype=str(model.dtype).removeprefix("torch."), device=model.device.type)
+
+
+def _with_savers(model: Any) -> Any:
+    model.save_pretrained_merged = MethodType(save_pretrained_merged, model)
+    model.save_pretrained_gguf = MethodType(save_pretrained_gguf, model)
+    return model
+
+
+def save_pretrained_merged(model: Any, save_directory: str | Path, tokenizer: Any, *, overwrite: bool = False) -> Path:
+    """Write the model, its adapter merged in, as a folder for transformers; read back and compared before it is there.
+
+    Raises: StorageError if the disk refuses or the logits differ.
+    """
+    from pantheraml.export.safetensors import merge_model, save_full
+
+    out = Path(save_directory)
+    trusted = _origin(model).spec.trust_remote_code
+    if hasattr(model, "peft_config"):
+        return merge_model(model, tokenizer, out, trust_remote_code=trusted, overwrite=overwrite).path
+    return save_full(model, tokenizer, out, overwrite=overwrite).path
+
+
+def save_pretrained_gguf(
+    model: Any, save_directory: str | Path, tokenizer: Any, quantization_method: str = "q8_0", *, overwrite: bool = False
+) -> Path:
+    """Write `save_directory/model.TYPE.gguf` for llama.cpp, and let llama.cpp check it where it is installed.
+
+    Args:
+        quantization_method: f32, f16, bf16, q8_0, or a K-quant (q4_k_m) where a quantiser is installed.
+    Raises: as the export room; see `pantheraml export`.
+    """
+    import tempfile
+    from typing import get_args
+
+    from pantheraml.export.gguf import export_gguf
+    from pantheraml.recipe.types import GgufType
+
+    kind = quantization_method.lower()
+    if kind not in get_args(GgufType):
+        raise RecipeError(
+            f"quantization_method={quantization_method!r} is not known",
+            why="these are: " + ", ".join(get_args(GgufType)),
+            fix="choose one of them",
+        )
+    file = Path(save_directory) / f"model.{kind}.gguf"
+    if file.exists() and not overwrite:
+        raise PantheraError(f"{file} is there already", why="it may be of another model", fix="pass overwrite=True, or another folder")
+    with tempfile.TemporaryDirectory(prefix="pantheraml-merged-") as room:
+        merged = save_pretrained_merged(model, Path(room) / "merged", tokenizer)
+        return export_gguf(merged, file, cast("GgufType", kind)).path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments:
+    """What a Trainer is told, in the words of Hugging Face's trainers. None: the recipe's default.
+
+    `per_device_train_batch_size * gradient_accumulation_steps` examples make one step; how many the device takes at
+    once is planned. Rates, steps and epochs are as in `pantheraml recipe explain`.
+    """
+
+    output_dir: str = "runs"
+    run_name: str | None = None
+    per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int | None = None
+    packing: bool | None = None
+    assistant_only_loss: bool = True
+    gradient_checkpointing: bool | None = None
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int = 2
+    seed: int = 3407
+    report_to: str | Sequence[str] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Any other keys of a recipe, by section: `{"eval": {"generate_rows": 0}}`."""
+
+
+class Trainer:
+    """Trains a model that is here, on rows that are here.
+
+    Args:
+        model: from FastLanguageModel, PEFT or transformers; what requires gradients is trained, in place.
+        tokenizer: or `processing_class`, as TRL names it.
+        train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts, or a path.
+        args: how; see TrainingArguments.
+    Raises: RecipeError if an argument is missing or no parameter of the model trains.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        train_dataset: Rows | str | None = None,
+        eval_dataset: Rows | str | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        processing_class: Any = None,
+        console: Console | None = None,
+    ) -> None:
+        tokenizer = tokenizer if tokenizer is not None else processing_class
+        if tokenizer is None or train_dataset is None:
+            missing = "tokenizer" if tokenizer is None else "train_dataset"
+            raise RecipeError(
+                f"Trainer needs a {missing}", why="it encodes the rows itself, with the model's chat template", fix=f"pass {missing}=..."
+            )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise RecipeError(
+                "no parameter of this model trains",
+                why="all of them are frozen, so nothing could be learned",
+                fix="add an adapter with FastLanguageModel.get_peft_model(model), or call model.requires_grad_(True)",
+            )
+        self.model, self.tokenizer, self.console = model, tokenizer, console
+        self.args = args or TrainingArguments()
+        self._train, self._train_rows = _paths_and_rows(train_dataset)
+        self._eval, self._eval_rows = _paths_and_rows(eval_dataset)
+        self.recipe = self._as_recipe()
+
+    def train(self, resume_from_checkpoint: bool = False) -> Run:
+        """Train in place, and return the run. With `resume_from_checkpoint`, go on from its newest sound checkpoint."""
+        from pantheraml.hardware.backend import open_backend
+        from pantheraml.trainer.folder import PLAN, open_folder, write_json
+        from pantheraml.trainer.run import default_console, stored_plan
+
+        console = self.console or default_console()
+        with open_folder(self.recipe, resume=resume_from_checkpoint) as (folder, recipe):
+            view = survey(
+                recipe,
+                folder=folder,
+                console=console,
+                rows=self._train_rows,
+                held_out=self._eval_rows,
+                model=self.model,
+                tokenizer=self.tokenizer,
+            )
+            planned = stored_plan(folder, view.plan, console) if resume_from_checkpoint else view.plan
+            planned = isolated(self.model, planned, recipe, console)
+            backend = open_backend(planned.device.kind)
+            backend.set_threads(planned.threads)
+            write_json(folder / PLAN, planned.to_dict())
+            return fit(view.with_plan(planned), self.model, backend, folder, console)
+
+    def _as_recipe(self) -> Recipe:
+        args, origin = self.args, _origin(self.model)
+        length = args.max_length or origin.max_tokens
+        steps = args.max_steps if args.max_steps > 0 else None
+        warmup = args.warmup_ratio
+        if args.warmup_steps is not None and steps:
+            warmup = min(args.warmup_steps / steps, 0.999)
+        adapted = hasattr(self.model, "peft_config")
+        said: dict[str, dict[str, Any]] = {
+            "model": {
+                "name": origin.spec.name,
+                "revision": origin.spec.revision,
+                "trust_remote_code": origin.spec.trust_remote_code,
+                "dtype": origin.dtype,
+                "load_in_4bit": origin.load_in_4bit,
+                **({"max_tokens": length} if length else {}),
+            },
+            "data": {
+                "train": self._train,
+                "eval": self._eval,
+                **({} if args.packing is None else {"packing": "on" if args.packing else "off"}),
+            },
+            "method": {"kind": "sft", "loss_on": "assistant" if args.assistant_only_loss else "all"},
+            "adapter": _adapter_of(self.model, origin) if adapted else {"kind": "full"},
+            "batch": {"size": args.per_device_train_batch_size * args.gradient_accumulation_steps},
+            "optim": {
+                "lr": args.learning_rate if args.learning_rate is not None else "auto",
+                "epochs": float(args.num_train_epochs),
+                "steps": steps,
+                "schedule": args.lr_scheduler_type,
+                "warmup": warmup,
+                "weight_decay": args.weight_decay,
+                "clip_norm": args.max_grad_norm,
+            },
+            "eval": {} if args.eval_steps is None else {"every": args.eval_steps},
+            "hardware": {
+                "kind": self.model.device.type,
+                **({} if args.gradient_checkpointing is None else {"checkpointing": "on" if args.gradient_checkpointing else "off"}),
+            },
+            "run": {
+                "folder": args.output_dir,
+                "name": args.run_name,
+                "seed": args.seed,
+                "log_every": args.logging_steps,
+                "keep": args.save_total_limit,
+                **({} if args.save_steps is None else {"save_every": args.save_steps}),
+                "reporters": [] if args.report_to in ("none", "") else args.report_to,
+            },
+        }
+        for section, keys in args.recipe.items():
+            said[section] = {**said.get(section, {}), **keys} if isinstance(keys, Mapping) else keys
+        return recipe_from(said)
+
+
+def _adapter_of(model: Any, origin: _Origin) -> dict[str, Any]:
+    """The adapter as a recipe says it, also where PEFT made it."""
+    if origin.adapter is not None:
+        return {**origin.adapter.model_dump(), "targets": list(origin.adapter.targets)}
+    config = model.peft_config[model.active_adapter]
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    return {
+        "kind": "lora",
+        "rank": getattr(config, "r", 1),
+        "alpha": float(getattr(config, "lora_alpha", 1)),
+        "dropout": getattr(config, "lora_dropout", 0.0),
+        "targets": targets,
+        "rslora": getattr(config, "use_rslora", False),
+        "dora": getattr(config, "use_dora", False),
+    }
+
+
+def _paths_and_rows(dataset: Rows | str | None) -> tuple[list[str], list[dict[str, Any]] | None]:
+    if dataset is None:
+        return [], None
+    if isinstance(dataset, str | Path):
+        return [str(dataset)], None
+    return [IN_MEMORY], [dict(row) for row in dataset]
