@@ -11,9 +11,10 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import PantheraError, RecipeError
 from pantheraml.recipe.load import load_recipe, recipe_from
-from pantheraml.recipe.types import LoRA, ModelSpec, Recipe
+from pantheraml.recipe.types import Kind, LoRA, ModelSpec, Recipe
 from pantheraml.trainer.run import fit, isolated, survey
 from pantheraml.trainer.run import train as train_recipe
 from pantheraml.trainer.runs import Run
@@ -76,9 +77,6 @@ def _recipe(model: str, data: Paths | Rows | None, settings: Mapping[str, Any]) 
     return recipe_from({**sections, "model": model, "data": _with_train(sections.get("data"), IN_MEMORY)}), rows
 
 
-IN_MEMORY = "<memory>"
-
-
 def _with_train(section: Any, paths: Any) -> dict[str, Any]:
     given = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
     return {**given, "train": list(paths) if not isinstance(paths, str) else paths}
@@ -97,7 +95,7 @@ class FastLanguageModel:
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        device: Literal["auto", "cpu", "cuda", "xpu"] = "auto",
+        device: Literal["auto"] | Kind = "auto",
         attn_implementation: str | None = None,
         seed: int = 3407,
     ) -> tuple[Any, Any]:
@@ -212,7 +210,7 @@ def _note(model: Any, origin: _Origin) -> None:
 
 def _origin(model: Any) -> _Origin:
     """What is known of a model; one that somebody else loaded is known by its own words."""
-    for each in (model, model.get_base_model() if hasattr(model, "peft_config") else model):
+    for each in (model, model.get_base_model() if hasattr(model, "get_base_model") else model):
         found: object = each.__dict__.get("pantheraml_origin")
         if isinstance(found, _Origin):
             return found
@@ -235,7 +233,7 @@ def save_pretrained_merged(model: Any, save_directory: str | Path, tokenizer: An
 
     out = Path(save_directory)
     trusted = _origin(model).spec.trust_remote_code
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "get_base_model"):
         return merge_model(model, tokenizer, out, trust_remote_code=trusted, overwrite=overwrite).path
     return save_full(model, tokenizer, out, overwrite=overwrite).path
 
@@ -375,7 +373,7 @@ class Trainer:
         warmup = args.warmup_ratio
         if args.warmup_steps is not None and steps:
             warmup = min(args.warmup_steps / steps, 0.999)
-        adapted = hasattr(self.model, "peft_config")
+        adapted = hasattr(self.model, "get_base_model")
         said: dict[str, dict[str, Any]] = {
             "model": {
                 "name": origin.spec.name,

@@ -14,11 +14,13 @@ from pantheraml.data.chat import Encoder, Question, ensure_chat_template, read_c
 from pantheraml.data.inspect import open_rows
 from pantheraml.data.load import HUB, BadRows, Detected, Row, UnusableRow, detect_format, read_rows, rows_of
 from pantheraml.data.source import Examples, Shuffled, Source, Streamed, content_key, overlap, split, tokenize
+from pantheraml.errors import DataError
 from pantheraml.recipe.types import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IN_MEMORY = "<memory>"  # stands in a recipe where its rows were given by a program
 STREAMED_HOLDOUT_ROWS = 100_000  # rows looked at to hold some out, where the data is not read as a whole
 
 Records = Iterable[Mapping[str, Any]]
@@ -81,6 +83,12 @@ def prepare(
     Raises: DataError for what cannot be read or used.
     """
     notes: list[str] = []
+    if train is None and IN_MEMORY in spec.train:
+        raise DataError(
+            "the rows of this run were given from memory",
+            why="they are in no file, so they cannot be read again",
+            fix="call pantheraml.train or Trainer again with the same rows and resume, as before",
+        )
     if train is None:
         rows, detected = open_rows(spec.train, spec.format, on_bad=bad)
     else:

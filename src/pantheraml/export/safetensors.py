@@ -249,7 +249,7 @@ def _cast(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     for key, value in model.state_dict().items():
         identity = (value.data_ptr(), tuple(value.shape))
         if identity not in seen:
-            seen[identity] = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+            seen[identity] = value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype).contiguous()
         state[key] = seen[identity]
     return state
 

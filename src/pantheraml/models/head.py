@@ -60,7 +60,7 @@ FAMILIES: dict[str, _Facts] = {
 
 def causal_model(model: Any) -> Any:
     """The Hugging Face model inside a PEFT one; any other as it is."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_head(model: Any) -> Head | None:

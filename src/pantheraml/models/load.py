@@ -48,7 +48,7 @@ def shape_of(model: Any, name: str) -> ModelShape:
     import torch
     from torch import nn
 
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     config = model.config
     text: Any = config.get_text_config()
