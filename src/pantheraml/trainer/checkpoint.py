@@ -54,19 +54,19 @@ class Checkpoints:
     def __init__(self, folder: Path, *, fingerprint: str, keep: int) -> None:
         self._folder, self._fingerprint, self._keep = folder, fingerprint, keep
         for leftover in self._hidden():
-            shutil.rmtree(leftover)
+            _delete(leftover)
 
     def steps(self) -> list[int]:
         """Steps for which there is a folder, rising; not yet verified."""
         if not self._folder.is_dir():
             return []
         numbers = (place.name.removeprefix(_PREFIX) for place in self._folder.glob(f"{_PREFIX}*"))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        return sorted(int(number) for number in numbers if number.isdecimal() and number == f"{int(number):08d}")
 
     def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], *, best: int | None) -> Path:
         """Write the checkpoint of `step` done steps, then let go of those no longer kept; `best` is one that is kept.
 
-        Raises: StorageError if the disk refuses; the checkpoints before this one stay as they are.
+        Raises: StorageError if the disk refuses; what is kept of the checkpoints before this one stays as it is.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -171,8 +171,11 @@ class Checkpoints:
 
     def _remove(self, place: Path) -> None:
         hidden = place.with_name(f"{_OLD}{secrets.token_hex(4)}")
-        place.rename(hidden)
-        shutil.rmtree(hidden)
+        try:
+            place.rename(hidden)
+        except OSError as error:
+            raise _not_removed(place, error) from error
+        _delete(hidden)
 
     def _hidden(self) -> Iterator[Path]:
         for prefix in (_UNFINISHED, _OLD):
@@ -215,6 +218,21 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise _not_removed(folder, error) from error
+
+
+def _not_removed(place: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{place} could not be removed: {error.strerror or error}",
+        why="it is not kept any longer, and the disk would fill with such folders; no other checkpoint is touched",
+        fix="correct the permissions of the folder, then go on with: pantheraml resume",
+    )
 
 
 def _not_saved(out: Path, reason: str) -> StorageError:
