@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from pantheraml.errors import MissingExtra
+from pantheraml.export.safetensors import atomic_file
 from pantheraml.planning.memory import format_bytes
 
 METRICS = "metrics.jsonl"
@@ -72,7 +73,9 @@ class Watch:
         self._per_step: float | None = None
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
         if start or self._path.exists():
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+            # A kill in between must not take the curve of the steps before with it.
+            with atomic_file(self._path) as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
     def say(self, text: str, style: str | None = None) -> None:
         """A line that stays."""
