@@ -34,7 +34,7 @@ def linear_cross_entropy(
         bias_V: added to the logits before the scale.
         scale: factor of the logits (Granite, Cohere, Falcon-H1).
         softcap: bound of the logits (Gemma 2); None: none.
-        chunk: labelled tokens a block; extra memory is about chunk * V * 12 bytes.
+        chunk: labelled tokens a block; extra memory is at most about chunk * V * 12 bytes.
     Returns: scalar float32, the sum over labels that are not -100; 0 where there are none.
     Source: the idea of arXiv 2411.09009 (never materialise the logits), here in plain torch.
     """
@@ -42,6 +42,8 @@ def linear_cross_entropy(
     rows_N = (flat_labels != -100).nonzero().squeeze(1)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, rows_N)
     dtype = torch.get_autocast_dtype(hidden_BTD.device.type) if torch.is_autocast_enabled(hidden_BTD.device.type) else weight_VD.dtype
+    if not torch.is_grad_enabled():  # autograd.Function cannot see this, and would compute gradients for nobody
+        weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
     result: Tensor = _LinearCrossEntropy.apply(
         hidden_ND.to(dtype), weight_VD, bias_V, flat_labels.index_select(0, rows_N), scale, softcap, chunk, dtype
     )
@@ -78,15 +80,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if scale != 1.0:
                     logits_CV *= scale
                 if softcap is not None:
-                    logits_CV = softcap * torch.tanh(logits_CV / softcap)
+                    logits_CV.div_(softcap).tanh_().mul_(softcap)
                 lse_C = torch.logsumexp(logits_CV, dim=-1)
                 total += (lse_C - logits_CV.gather(1, labels_C[:, None]).squeeze(1)).sum()
                 if not (need_hidden or need_weight or need_bias):
                     continue
-                grad_CV = torch.exp(logits_CV - lse_C[:, None])
+                grad_CV = (logits_CV - lse_C[:, None]).exp_()
                 grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((labels_C.shape[0], 1), -1.0))
                 if softcap is not None:
-                    grad_CV *= 1 - (logits_CV / softcap) ** 2
+                    grad_CV *= logits_CV.div_(softcap).square_().neg_().add_(1)
                 if scale != 1.0:
                     grad_CV *= scale
                 if grad_bias is not None:
@@ -96,6 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.matmul(grad_CV, weight, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:
                     grad_weight += grad_CV.T @ hidden_CD
+                del logits_CV, grad_CV  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.parameter_dtype = weight_VD.dtype
         return total
@@ -105,7 +108,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad_total,) = grads
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            # A 0-d float32 factor does not widen the result, and is not rounded before the product.
+            None if grad_hidden is None else grad_hidden * grad_total,
             None if grad_weight is None else (grad_weight * grad_total).to(ctx.parameter_dtype),
             None if grad_bias is None else (grad_bias * grad_total).to(ctx.parameter_dtype),
             None,
