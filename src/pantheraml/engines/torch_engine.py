@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import blake3
@@ -57,22 +58,21 @@ class TorchEngine:
 
     def step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
         """See `Engine.step`."""
+        with self._memory_explained(f"step {k + 1}"):
+            return self._step(batch, k, lr)
+
+    def _step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
         self._model.train()
         self._backend.seed(_mixed(self._seed, k))
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._device)
-        try:
-            for micro in batch.micro:
-                with self._backend.autocast(self._dtype):
-                    loss = self._loss(self._model, self._on_device(micro))
-                # A batch without labels has a loss of 0 that hangs on no parameter.
-                if loss.requires_grad:
-                    (loss / max(1, batch.label_count)).backward()
-                total += loss.detach()
-        except (RuntimeError, MemoryError) as error:
-            if self._backend.is_out_of_memory(error):
-                raise self._out_of_memory(k) from error
-            raise
+        for micro in batch.micro:
+            with self._backend.autocast(self._dtype):
+                loss = self._loss(self._model, self._on_device(micro))
+            # A batch without labels has a loss of 0 that hangs on no parameter.
+            if loss.requires_grad:
+                (loss / max(1, batch.label_count)).backward()
+            total += loss.detach()
         if not self._checked:
             self._check_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip_norm or float("inf"))
@@ -98,7 +98,7 @@ class TorchEngine:
         total = torch.zeros((), device=self._device)
         labels = 0
         try:
-            with torch.no_grad(), self._backend.autocast(self._dtype):
+            with self._memory_explained("an evaluation"), torch.no_grad(), self._backend.autocast(self._dtype):
                 for batch in batches:
                     for micro in batch.micro:
                         total += self._loss(self._model, self._on_device(micro))
@@ -119,13 +119,11 @@ class TorchEngine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
-        wanted = {f"weight/{name}" for name in self._trained}
-        stepped = {f"{moment}/{name}" for name in self._trained for moment in _MOMENTS}
-        if set(state) not in (wanted, wanted | stepped):
-            raise ValueError(_difference(set(state), wanted))
+        stepped = any(not name.startswith("weight/") for name in state)
+        _check_fits(state, self._shapes("weight", *(_MOMENTS if stepped else ())))
         self.load_weights(state)
         self._optimizer.state.clear()
-        if set(state) == wanted:
+        if not stepped:
             return
         for name, parameter in self._trained.items():
             self._optimizer.state[parameter] = {
@@ -134,12 +132,19 @@ class TorchEngine:
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_weights`."""
+        # All of it is looked at before any weight changes.
+        _check_fits({name: tensor for name, tensor in state.items() if name.startswith("weight/")}, self._shapes("weight"))
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                saved = state.get(f"weight/{name}")
-                if saved is None or saved.shape != parameter.shape:
-                    raise ValueError(f"{name} is {'missing' if saved is None else f'of shape {tuple(saved.shape)}'} in the saved state")
-                parameter.copy_(saved)
+                parameter.copy_(state[f"weight/{name}"])
+
+    def _shapes(self, *kinds: str) -> dict[str, tuple[int, ...]]:
+        """The names of a state with these kinds of tensors, and the shape of each."""
+        return {
+            f"{kind}/{name}": () if kind == "step" else tuple(parameter.shape)
+            for kind in kinds
+            for name, parameter in self._trained.items()
+        }
 
     def _on_device(self, micro: MicroBatch) -> MicroTensors:
         arrays = (micro.input_ids, micro.position_ids, micro.labels)
@@ -156,7 +161,16 @@ class TorchEngine:
                 fix="freeze them (requires_grad_(False)), or leave them out of adapter.targets",
             )
 
-    def _out_of_memory(self, k: int) -> DeviceError:
+    @contextmanager
+    def _memory_explained(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if self._backend.is_out_of_memory(error):
+                raise self._out_of_memory(doing) from error
+            raise
+
+    def _out_of_memory(self, doing: str) -> DeviceError:
         plan = self._plan
         use = self._backend.memory(plan.device.index)
         self._backend.empty_cache()
@@ -169,7 +183,7 @@ class TorchEngine:
             else f"set model.max_tokens below {plan.row_tokens[-1]}, or choose a smaller model"
         )
         return DeviceError(
-            f"out of memory in step {k + 1}: {use.used_bytes / 2**30:.1f} GiB in use, {use.free_bytes / 2**30:.1f} GiB free on {plan.device}",
+            f"out of memory in {doing}: {use.used_bytes / 2**30:.1f} GiB in use, {use.free_bytes / 2**30:.1f} GiB free on {plan.device}",
             why=f"a micro-batch of {plan.micro_tokens} tokens needs more; the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB",
             fix=fix,
         )
@@ -185,6 +199,12 @@ def _mixed(seed: int, k: int) -> int:
     return int.from_bytes(blake3.blake3(f"{seed}:{k}".encode()).digest(7), "big")
 
 
-def _difference(found: set[str], wanted: set[str]) -> str:
-    missing, extra = sorted(wanted - found), sorted(name for name in found - wanted if name.startswith("weight/"))
-    return f"the saved state does not fit this model: missing {missing[:3]}, not known {extra[:3]}"
+def _check_fits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    other = [
+        f"{name} {tuple(state[name].shape)}" for name in sorted(wanted.keys() & state.keys()) if tuple(state[name].shape) != wanted[name]
+    ]
+    if missing or extra or other:
+        raise ValueError(
+            f"the saved state does not fit this model: missing {missing[:3]}, not known {extra[:3]}, of another shape {other[:3]}"
+        )

@@ -16,6 +16,7 @@ ALL_LINEAR = "all-linear"
 def linear_names(model: Any) -> list[str]:
     """The last names of all linear layers but the output head: what `all-linear` stands for."""
     from torch import nn
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight the other way round
 
     head = model.get_output_embeddings()
     found: dict[str, None] = {}
@@ -23,7 +24,7 @@ def linear_names(model: Any) -> list[str]:
         owner, _, last = name.rpartition(".")
         # Mamba layers use the weights of out_proj in a fused kernel, past any adapter on it; PEFT refuses it too.
         bypassed = last == "out_proj" and hasattr(model.get_submodule(owner), "conv1d")
-        if isinstance(module, nn.Linear) and module is not head and not bypassed:
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not bypassed:
             found[last] = None
     return list(found)
 
@@ -31,13 +32,22 @@ def linear_names(model: Any) -> list[str]:
 def attach(model: Any, spec: LoRA, *, seed: int) -> PeftModel:
     """The model with a new adapter that changes nothing yet: float32, A drawn from `seed`, B = 0.
 
-    Raises: RecipeError if the targets name no linear layer.
+    Raises: RecipeError if a target names nothing in the model, or something that cannot be adapted.
     """
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     linears = linear_names(model)
     targets = linears if spec.targets == (ALL_LINEAR,) else list(spec.targets)
+    # PEFT is content if one of the names is found, and a typo in the others would go unseen.
+    found = {target for target in targets for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")}
+    if absent := [target for target in targets if target not in found]:
+        raise RecipeError(
+            f"adapter.targets: this model has no {', '.join(absent)}",
+            why="the adapter would be on less than you asked for",
+            fix=_remedy(linears),
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=spec.rank,
@@ -46,6 +56,7 @@ def attach(model: Any, spec: LoRA, *, seed: int) -> PeftModel:
         target_modules=targets,
         use_rslora=spec.rslora,
         use_dora=spec.dora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:
         with torch.random.fork_rng():  # the caller's random numbers stay as they are
@@ -55,5 +66,9 @@ def attach(model: Any, spec: LoRA, *, seed: int) -> PeftModel:
         raise RecipeError(
             f"adapter.targets={', '.join(spec.targets)} cannot be used on this model",
             why=str(error).splitlines()[0],
-            fix=f"leave adapter.targets out for all linear layers, or choose from {', '.join(linears)}",
+            fix=_remedy(linears),
         ) from error
+
+
+def _remedy(linears: list[str]) -> str:
+    return f"leave adapter.targets out for all linear layers, or choose from {', '.join(linears)}"

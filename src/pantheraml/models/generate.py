@@ -44,7 +44,8 @@ def generate(
     if not all(prompts) or (on_text and len(prompts) != 1):
         raise ValueError("every prompt needs a token, and on_text takes one prompt")
     stops = stop_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    # Padding is masked, so any token will do.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
     how: dict[str, Any] = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
     device = model.get_input_embeddings().weight.device
     was_training = model.training
@@ -63,7 +64,7 @@ def generate(
                     input_ids=ids,
                     attention_mask=mask,
                     max_new_tokens=max_new_tokens,
-                    eos_token_id=stops,
+                    eos_token_id=stops or None,
                     pad_token_id=pad,
                     streamer=_streamer(tokenizer, on_text) if on_text else None,
                     use_cache=True,

@@ -47,6 +47,7 @@ def shape_of(model: Any, name: str) -> ModelShape:
     """The same for a model that is there; what an adapter added to it is not counted."""
     import torch
     from torch import nn
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight the other way round
 
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -64,9 +65,9 @@ def shape_of(model: Any, name: str) -> ModelShape:
         parameters=sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_adapter(name)),
         embedding_parameters=embedding.weight.numel() + own_head,
         linears=tuple(
-            (module.in_features, module.out_features)
+            (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.nx, module.nf)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head and not _is_adapter(name)
+            if isinstance(module, nn.Linear | Conv1D) and module is not head and not _is_adapter(name)
         ),
         layers=int(text.num_hidden_layers),
         hidden=hidden,
@@ -171,15 +172,21 @@ def _check_reachable(spec: ModelSpec) -> None:
     from urllib.request import getproxies
 
     from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-    if Path(spec.name).is_dir() or getproxies() or constants.HF_HUB_OFFLINE:
+    if Path(spec.name).is_dir():
         return
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
+    try:
+        validate_repo_id(spec.name)
+    except HFValidationError as error:
         raise RecipeError(
             f"there is no model folder {spec.name}",
             why="it is no folder here, and it cannot be a name on the Hugging Face Hub (ORG/MODEL) either",
             fix="check the path; it counts from the current folder. tiny:llama works without a network",
-        )
+        ) from error
+    if getproxies() or constants.HF_HUB_OFFLINE:
+        return
     if isinstance(try_to_load_from_cache(spec.name, "config.json", revision=spec.revision), str):
         return
     host = urlsplit(constants.ENDPOINT).hostname or ""
@@ -196,25 +203,27 @@ def _check_reachable(spec: ModelSpec) -> None:
 @contextmanager
 def _explained(spec: ModelSpec) -> Iterator[None]:
     """What transformers raises when it cannot find or read a model, as one error for a person."""
+    from safetensors import SafetensorError
+
     _check_reachable(spec)
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         text = str(error).strip()
         if isinstance(error, ImportError) and not spec.trust_remote_code:
             raise
         first = text.splitlines()[0] if text else type(error).__name__
-        if Path(spec.name).is_dir():
-            raise RecipeError(
-                f"the folder {spec.name} does not hold a model that can be loaded",
-                why=first,
-                fix="name the folder with config.json, tokenizer.json and the safetensors files of a causal language model",
-            ) from error
         if "trust_remote_code" in text:
             raise RecipeError(
                 f"{spec.name} comes with its own Python code",
                 why="that code could do anything on this machine, so it does not run unless you say so",
                 fix="read it, then set model.trust_remote_code=true; or choose a model that transformers knows",
+            ) from error
+        if Path(spec.name).is_dir():
+            raise RecipeError(
+                f"the folder {spec.name} does not hold a model that can be loaded",
+                why=first,
+                fix="name the folder with config.json, tokenizer.json and the safetensors files of a causal language model",
             ) from error
         if "safetensors" in text:
             raise RecipeError(
