@@ -115,7 +115,14 @@ def prepare(
     given = held_out is not None or bool(spec.eval)
     examples = None if streamed else tokenize(rows, encoder, spec, max_tokens, bad, progress)
     held_encoder = _encoder_for(held_rows, encoder, spec) if given else encoder
-    held = tokenize(held_rows, held_encoder, spec, max_tokens, bad)
+    if examples is not None and not len(examples):
+        raise DataError(
+            "there are no rows to train on",
+            why=bad.table() or "the data holds none",
+            fix="name data with rows, or correct those that cannot be used",
+        )
+    # Rows taken from train may by chance all be unusable: then nothing is held out, and the bad rows are named like any other.
+    held = tokenize(held_rows, held_encoder, spec, max_tokens, bad, needed=given)
     if examples is not None and examples.counts.truncated + examples.counts.dropped + examples.counts.split:
         cut = examples.counts
         notes.append(

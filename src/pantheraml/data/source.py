@@ -105,7 +105,14 @@ class Examples(Sequence[Example]):
 
 
 def tokenize(
-    rows: Iterable[Row], encoder: Encoder, spec: DataSpec, max_tokens: int, bad: BadRows, progress: Callable[[int], None] | None = None
+    rows: Iterable[Row],
+    encoder: Encoder,
+    spec: DataSpec,
+    max_tokens: int,
+    bad: BadRows,
+    progress: Callable[[int], None] | None = None,
+    *,
+    needed: bool = True,
 ) -> Examples:
     """All rows as examples, in memory.
 
@@ -113,6 +120,7 @@ def tokenize(
         max_tokens: longest example; `spec.too_long` says what happens to longer ones.
         bad: is given each row that cannot be used.
         progress: is called after each row with the number of rows so far.
+        needed: rows of which none can be used are an error.
     Raises: DataError by `bad`, for a long row where `spec.too_long` is error, or if no row could be used.
     """
     counts = Counts()
@@ -129,7 +137,7 @@ def tokenize(
     unread = max(0, len(bad.rows) - already - counts.bad)
     counts.rows += unread
     counts.bad += unread
-    if counts.rows and not len(examples):
+    if needed and counts.rows and not len(examples):
         raise _nothing_to_learn(f"none of the {counts.rows} rows can be used", bad)
     return examples
 
@@ -137,8 +145,8 @@ def tokenize(
 def _nothing_to_learn(what: str, bad: BadRows) -> DataError:
     return DataError(
         what,
-        why=bad.table() or "all of them are longer than model.max_tokens, and data.too_long is drop",
-        fix="correct the rows, set data.format, or raise model.max_tokens",
+        why=bad.table() or "the others are held out for evaluation, or longer than model.max_tokens where data.too_long is drop",
+        fix="correct the rows, set data.format, raise model.max_tokens, or lower data.eval_fraction",
     )
 
 
@@ -343,6 +351,8 @@ class Streamed:
         # A row gives exactly one example, or the run stops. Then rows can be counted and skipped without encoding.
         self._one_each = spec.on_bad_row == "fail" and spec.too_long in ("truncate", "error")
         per_epoch = self._count() if steps is None else 0
+        if steps is None and not per_epoch:
+            raise _nothing_to_learn("no row is left to train on", bad)
         self._total = _total(per_epoch, batch_size, epochs, steps)
         self.seek(0)
 
