@@ -1,0 +1,102 @@
+"""Every block of README and docs is run, or read as what it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pantheraml import cli
+from pantheraml.data.load import Row, detect_format, normalize
+from pantheraml.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUESTIONS = ("France Paris", "Italy Rome", "Norway Oslo", "Peru Lima", "Egypt Cairo", "India Delhi", "Japan Tokyo", "Cuba Havana")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder as a reader of the page has it."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is the capital of {land}? ({n})"}, {"role": "assistant", "content": town}]}
+        for n in range(5)
+        for land, town in (each.split() for each in QUESTIONS)
+    ]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit code and everything that a `pantheraml` command prints."""
+    words = shlex.split(command, comments=True)
+    assert words[0] == "pantheraml", command
+    monkeypatch.setattr(sys, "argv", words)
+    capsys.readouterr()
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_block_of_the_page_works(page, folder, monkeypatch, capsys):
+    for language, text in BLOCK.findall(page.read_text("utf-8")):
+        match language:
+            case "sh":
+                for line in text.splitlines():
+                    if line.startswith("sh scripts/"):  # run by .ci/run
+                        name = line.split()[1]
+                        assert (ROOT / name).is_file() and name.removeprefix("scripts/") in (ROOT / ".ci" / "run").read_text()
+                    else:
+                        code, said = run(line, monkeypatch, capsys)
+                        assert code == 0, f"{line}\n{said}"
+            case "console":
+                command, _, expected = text.removeprefix("$ ").partition("\n")
+                code, said = run(command, monkeypatch, capsys)
+                assert code != 0
+                assert expected.strip() in said
+            case "python":
+                exec(compile(text, str(page), "exec"), {"__name__": "page"})
+            case "jsonl":
+                rows = [Row(json.loads(line), page.name, n) for n, line in enumerate(text.splitlines(), 1)]
+                for row in rows:
+                    normalize(row, detect_format(rows).format)
+            case "yaml":
+                Path("recipe.yaml").write_text(text)
+                assert load_recipe(Path("recipe.yaml")).model.name
+            case "text":  # pictures of the house; nothing to run
+                assert page.name == "architecture.md"
+            case _:
+                pytest.fail(f"{page.name}: a block of {language or 'nothing'} is run by nobody")
+
+
+def test_the_plan_of_the_house_shows_the_floors_that_are_enforced():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (floors,) = (each["layers"] for each in contracts if each["type"] == "layers")
+    pictures = [text for language, text in BLOCK.findall((ROOT / "docs" / "architecture.md").read_text("utf-8")) if language == "text"]
+    assert pictures[0].splitlines() == floors
+
+
+def test_the_plan_of_the_house_names_every_room():
+    plan = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rooms = [
+        path.name + ("/" if path.is_dir() else "") for path in (ROOT / "src" / "pantheraml").iterdir() if not path.name.startswith("_")
+    ]
+    assert not [room for room in rooms if room != "py.typed" and f"\n{room}" not in plan]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
