@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,12 +70,27 @@ def open_folder(recipe: Recipe, *, resume: bool) -> Iterator[tuple[Path, Recipe]
     try:
         if is_run(folder):
             _check_same(folder, recipe)
+            yield folder, recipe
         else:
-            with atomic_file(folder / RECIPE) as unfinished:
-                unfinished.write_text(dump_recipe(recipe), "utf-8")
-        yield folder, recipe
+            with _begun(folder):
+                with atomic_file(folder / RECIPE) as unfinished:
+                    unfinished.write_text(dump_recipe(recipe), "utf-8")
+                yield folder, recipe
     finally:
         lock.release()
+
+
+@contextmanager
+def _begun(folder: Path) -> Iterator[None]:
+    """A run that fails before its first checkpoint leaves its name free, for the same command with the mistake corrected."""
+    before = set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        if not (folder / CHECKPOINTS).exists():
+            for place in set(folder.iterdir()) - before - {folder / _LOCK, folder / BAD_ROWS}:
+                shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
+        raise
 
 
 def _choose(recipe: Recipe, resume: bool) -> Path:

@@ -172,6 +172,13 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
     loss = sft_loss(model, kernel("linear_cross_entropy", plan.device.kind))
     engine.prepare(model, loss, recipe.optim, plan, seed=recipe.run.seed)
 
+    # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.
+    samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
+    stored = read_samples(folder / BEFORE)
+    if stored is None or [replace(sample, before=None) for sample in stored] != samples:
+        stored = with_answers(samples, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=False)
+        write_samples(folder / BEFORE, stored)
+
     checkpoints = Checkpoints(folder / CHECKPOINTS, fingerprint=_fingerprint(recipe, source.fingerprint), keep=recipe.run.keep)
     found = checkpoints.newest(console.print)
     position = loop.Position()
@@ -180,12 +187,6 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
         engine.load_state_dict(found.tensors)
         checkpoints.discard_after(found.step)
         console.print(f"Going on after step {found.step} of {source.total_steps}.", markup=False)
-
-    samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
-    stored = read_samples(folder / BEFORE)
-    if stored is None or len(stored) != len(samples):
-        stored = with_answers(samples, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=False)
-        write_samples(folder / BEFORE, stored)
 
     index = plan.device.index
     watch = Watch(
@@ -215,6 +216,8 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
             )
     finally:
         watch.close()
+        if data.bad.rows:  # a stream meets them while training
+            data.bad.write(folder / BAD_ROWS)
     peak_bytes = backend.memory(index).peak_bytes
 
     notes = list(data.notes)
