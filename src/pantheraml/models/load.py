@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Layers that carry a state along the row, by the names of their classes: the next example of a packed row would see it.
-_CARRIES_STATE = re.compile(r"mamba|ssm|rwkv|deltanet|recurrent|shortconv|linearattention|retention|xlstm|mlstm", re.IGNORECASE)
+# Layers that carry a state along the row: the next example of a packed row would see it. Nearly all of them begin with
+# a convolution along the row, whatever they are called; these are the others, by the names of their classes.
+_CARRIES_STATE = re.compile(r"mamba|ssm|rwkv|deltanet|recurrent|linearattention|lightningattention|retention|xlstm|mlstm", re.IGNORECASE)
 
 
 def read_config(spec: ModelSpec) -> PretrainedConfig:
@@ -77,7 +78,7 @@ def shape_of(model: Any, name: str) -> ModelShape:
         head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * hidden),
         max_tokens=int(getattr(text, "max_position_embeddings", None) or 2048),
-        packs=not any(_CARRIES_STATE.search(type(module).__name__) for module in model.modules()),
+        packs=not any(isinstance(module, nn.Conv1d) or _CARRIES_STATE.search(type(module).__name__) for module in model.modules()),
         weight_bytes_each=dtype.itemsize if dtype else 4,
         attention=_attention_of(type(model)),
     )
