@@ -46,7 +46,11 @@ def generate(
     stops = stop_tokens(model, tokenizer)
     # Padding is masked, so any token will do.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
-    how: dict[str, Any] = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature != 0:
+        # Unless the model says so, all tokens can be drawn: transformers would take the 50 likeliest.
+        top_k = causal_model(model).generation_config.top_k or 0
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
@@ -66,7 +70,7 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     eos_token_id=stops or None,
                     pad_token_id=pad,
-                    streamer=_streamer(tokenizer, on_text) if on_text else None,
+                    streamer=_streamer(tokenizer, on_text, stops) if on_text else None,
                     use_cache=True,
                     **how,
                 )
@@ -78,10 +82,15 @@ def generate(
     return answers
 
 
-def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Any, on_text: Callable[[str], None], stops: Sequence[int]) -> Any:
     from transformers import TextStreamer
 
     class Pieces(TextStreamer):
+        def put(self, value: Any) -> None:
+            # What ends the answer is no part of it, even where the tokenizer does not call it special.
+            if self.next_tokens_are_prompt or value.flatten().tolist()[0] not in stops:
+                super().put(value)
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)
 

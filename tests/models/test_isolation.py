@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pantheraml.models.isolation import keeps_apart
+from pantheraml.models.load import shape_of
+from pantheraml.models.tiny import FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_tried_is_what_the_shape_says(family: str, dtype: torch.dtype, small: Any) -> None:
+    model = small(family).to(dtype).train()
+    state = torch.get_rng_state()
+    assert keeps_apart(model) == shape_of(model, family).packs == (family != "falcon_h1")
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_looks_along_the_whole_row_is_found_out(small: Any) -> None:
+    model = small("llama")
+
+    def mixed(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.3 * output.cumsum(dim=1)
+
+    with torch.no_grad():
+        model.model.layers[0].mlp.register_forward_hook(mixed)
+    assert shape_of(model, "llama").packs  # nothing in its modules says so
+    assert not keeps_apart(model)
