@@ -19,6 +19,12 @@ def test_what_is_tried_is_what_the_shape_says(family: str, dtype: torch.dtype, s
     assert model.training and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_leak_is_found_too(dtype: torch.dtype, small: Any) -> None:
+    """A state space at the weights it starts with leaks less than bfloat16 rounds."""
+    assert not keeps_apart(small("falcon_h1", num_hidden_layers=4, initializer_range=0.02).to(dtype))
+
+
 def test_a_model_that_looks_along_the_whole_row_is_found_out(small: Any) -> None:
     model = small("llama")
 
