@@ -188,6 +188,11 @@ def test_export_leads_to_each_form(pantheraml, run, tmp_path):
     done = pantheraml("export", run, "--to", "ollama", "--type", "f32", "--out", tmp_path / "g.gguf", "--no-verify")
     assert done.code == 0 and "next: ollama create cli" in done.out
     assert (tmp_path / "g.gguf").read_bytes().startswith(b"GGUF") and (tmp_path / "Modelfile").exists()
+    again = ("export", run, "--to", "ollama", "--type", "f32", "--out", tmp_path / "g.gguf", "--no-verify")
+    pantheraml(*again).refused(6, f"{tmp_path / 'g.gguf'} is there already", "--overwrite")
+    (tmp_path / "g.gguf").unlink()
+    pantheraml(*again).refused(6, f"{tmp_path / 'Modelfile'} is there already")
+    assert pantheraml(*again, "--overwrite").code == 0
 
 
 # ---- The machine -------------------------------------------------------------------------------------------------

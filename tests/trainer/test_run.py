@@ -311,6 +311,22 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_its_name_free(tmp_p
     assert run.report["data"]["bad_rows"] == 1 and (run.folder / "notes.txt").read_text() == "mine"
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, monkeypatch, data):
+    recipe = tiny_recipe(tmp_path, data, eval={"generate_rows": 0})
+    killed_at(3, monkeypatch, recipe)
+    for name in (".adapter.0a1b2c3d", ".base.0a1b2c3d.old", ".merged", "gguf", "kept.0a1b2c3d", ".notes"):
+        (tmp_path / "run" / name).mkdir()
+    for name in (".0a1b2c3d", ".report.json.0a1b2c3d", "gguf/.run.q8_0.gguf.0a1b2c3d"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    made(recipe, resume=True)
+    left = {
+        str(place.relative_to(tmp_path / "run"))
+        for place in (tmp_path / "run").rglob("*")
+        if "0a1b2c3d" in place.name or place.name[0] == "."
+    }
+    assert left == {".lock", ".notes", "kept.0a1b2c3d"}
+
+
 def test_other_data_under_the_same_name_is_refused(tmp_path: Path, monkeypatch):
     path = written(tmp_path / "rows.jsonl", ROWS)
     recipe = tiny_recipe(tmp_path, path, eval={"generate_rows": 0})

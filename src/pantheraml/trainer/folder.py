@@ -19,6 +19,8 @@ from pantheraml.recipe.types import Recipe
 RECIPE, PLAN, BEFORE, BAD_ROWS = "recipe.yaml", "plan.json", "before.json", "bad_rows.jsonl"
 BASE, ADAPTER, MODEL, MERGED, GGUF, CHECKPOINTS = "base", "adapter", "model", "merged", "gguf", "checkpoints"
 _LOCK = ".lock"
+# What a kill leaves of a file or folder that was being written beside its place.
+_LEFTOVER = re.compile(r"\.(.+\.)?[0-9a-f]{8}(\.old)?|\.merged")
 
 
 def usual_name(recipe: Recipe) -> str:
@@ -68,6 +70,9 @@ def open_folder(recipe: Recipe, *, resume: bool) -> Iterator[tuple[Path, Recipe]
             fix="set run.folder to a folder that you may write to, or correct its permissions",
         ) from error
     try:
+        for place in (*folder.iterdir(), *(folder / GGUF).glob("*")):
+            if _LEFTOVER.fullmatch(place.name):
+                _delete(place)
         if is_run(folder):
             _check_same(folder, recipe)
             yield folder, recipe
@@ -89,8 +94,12 @@ def _begun(folder: Path) -> Iterator[None]:
     except BaseException:
         if not (folder / CHECKPOINTS).exists():
             for place in set(folder.iterdir()) - before - {folder / _LOCK, folder / BAD_ROWS}:
-                shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
+                _delete(place)
         raise
+
+
+def _delete(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
 
 
 def _choose(recipe: Recipe, resume: bool) -> Path:

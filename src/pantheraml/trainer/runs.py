@@ -153,6 +153,8 @@ class Run:
                 return self._merge(place, verify=verify, overwrite=overwrite or out is None)
             case "gguf" | "ollama":
                 file = Path(out) if out else self.folder / GGUF / f"{self.folder.name}.{type}.gguf"
+                if out and not overwrite:
+                    _refuse_files(file, *([file.with_name("Modelfile")] if to == "ollama" else []))
                 return self._gguf(file, type, verify=verify, modelfile=to == "ollama")
 
     def _merge(self, place: Path, *, verify: bool, overwrite: bool) -> Exported:
@@ -193,6 +195,16 @@ class Run:
                 f"the run {self.folder} has not ended: there is no adapter and no model in it",
                 why="they are written at the end of training",
                 fix=f"go on with it: pantheraml resume {self.folder}",
+            )
+
+
+def _refuse_files(*files: Path) -> None:
+    for file in files:
+        if file.exists():
+            raise StorageError(
+                f"{file} is there already",
+                why="it may be something else, and would be replaced",
+                fix="name another file, or pass --overwrite",
             )
 
 
