@@ -279,6 +279,17 @@ def test_a_restored_run_goes_on_bit_by_bit(dropout: float, small: Any, prepared:
         assert go(other, range(2, 5)) != wanted  # dropout is drawn from the run's seed
 
 
+def test_each_step_draws_its_own_dropout(small: Any, prepared: Prepared, examples: list[Example]) -> None:
+    model = adapted(small, dropout=0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.05)
+    engine = prepared(model)
+    # Nothing moves at a rate of 0: only the number of the step differs.
+    first, second, again = (value.loss for value in engine.read([engine.step(batch(examples), k, 0.0) for k in (0, 1, 0)]))
+    assert first == again != second
+
+
 def test_state_names_and_shapes(small: Any, prepared: Prepared, examples: list[Example]) -> None:
     model = adapted(small)
     engine = prepared(model)
