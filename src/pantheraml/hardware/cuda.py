@@ -15,7 +15,7 @@ from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.types import Kind
 
 _PROBE_SIZE = 4096
-_CUDA_BUILD = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+_CUDA_BUILD = "install the CUDA build of torch that fits the driver, as the installation page of PyTorch says"
 
 
 class CudaBackend:

@@ -14,10 +14,12 @@ def select(inventory: Inventory, ask: HardwareAsk) -> tuple[Device, str]:
     Raises: DeviceError if what was asked is not there: with what is, and how to get the other.
     """
     if not inventory.devices:
+        asked = "" if ask.kind == "auto" else f"hardware.kind={ask.kind}, but "
         raise DeviceError(
-            "no device answered",
+            f"{asked}no device answered",
             why="; ".join(f"{absent.kind}: {absent.why}" for absent in inventory.absent) or "nothing was asked to answer",
-            fix=inventory.absent[0].fix if inventory.absent else "run pantheraml doctor",
+            fix=(inventory.absent[0].fix if inventory.absent else "run pantheraml doctor")
+            + ("; or set hardware.kind to auto" if asked else ""),
         )
     kind = inventory.devices[0].kind if ask.kind == "auto" else ask.kind
     of_kind = [device for device in inventory.devices if device.kind == kind]

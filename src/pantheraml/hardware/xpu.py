@@ -29,7 +29,7 @@ class XpuBackend:
             return Absent(
                 kind="xpu",
                 why=f"torch {torch.__version__} was built without XPU",
-                fix="with an Intel GPU install its driver, then pip install torch --index-url https://download.pytorch.org/whl/xpu",
+                fix="with an Intel GPU install its driver, then the XPU build of torch, as the installation page of PyTorch says",
             )
         if not torch.xpu.is_available():
             return Absent(

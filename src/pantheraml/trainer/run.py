@@ -157,6 +157,9 @@ def survey(
         quantizers=available(backend.quantizers),
         available_threads=usable_cores(),
     )
+    if data.train is not None and len(data.train) < recipe.batch.size and recipe.optim.steps:
+        few = f"batch.size={recipe.batch.size} is more than the {len(data.train)} training rows: a step sees rows more than once."
+        data = replace(data, notes=(*data.notes, few))
     if console:
         for note in (f"Data: {data.detected.format} ({data.detected.why}).", *data.notes):
             console.print(note, markup=False, highlight=False)
