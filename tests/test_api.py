@@ -70,7 +70,6 @@ def test_train_and_plan_take_files_and_recipes(tmp_path: Path):
     assert pantheraml.plan(str(tmp_path / "recipe.yaml"), batch__size=2).batch_size == 2
 
 
-@pytest.mark.xfail(strict=True, reason="api._recipe puts the model's name over the whole section, so model__... is lost")
 def test_settings_of_the_model_and_the_data_reach_the_recipe(tmp_path: Path):
     path = written(tmp_path / "rows.jsonl", ROWS)
     for data in (path, [path], ROWS):
@@ -78,7 +77,6 @@ def test_settings_of_the_model_and_the_data_reach_the_recipe(tmp_path: Path):
         assert (plan.dtype, plan.max_tokens, plan.packing) == ("float32", 99, False)
 
 
-@pytest.mark.xfail(strict=True, reason="api._recipe takes every section for a mapping where a recipe file is given")
 def test_a_section_in_its_short_form_is_taken_with_a_recipe_file(tmp_path: Path):
     path = written(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "recipe.yaml").write_text(f"model: tiny:llama\ndata: {path}\n")
@@ -117,7 +115,6 @@ def test_the_snippet_trains_in_place_and_leaves_a_run(trained):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.xfail(strict=True, reason="the run of a Trainer keeps no base of a tiny model, and makes another one from seed 0")
 def test_the_run_of_a_trainer_answers_with_the_model_that_was_trained(trained, tmp_path: Path):
     model, _, run = trained
     assert torch.equal(logits(run.loaded.model), logits(model))

@@ -5,7 +5,9 @@ It is the main path of trainer/run.py with the steps in the user's hands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MethodType
@@ -52,7 +54,8 @@ def plan(model: str, data: Paths | Rows | None = None, **settings: Any) -> Plan:
 
 def resume(run: str | Path, *, console: Console | None = None) -> Run:
     """Go on with the run in a folder, from its newest sound checkpoint. For runs that read their data from files."""
-    recipe, folder = Run(run).recipe, Path(run)
+    folder = Path(run).resolve()
+    recipe = Run(folder).recipe
     where = recipe.run.model_copy(update={"folder": str(folder.parent), "name": folder.name})
     return train_recipe(recipe.model_copy(update={"run": where}), resume=True, console=console)
 
@@ -61,25 +64,44 @@ def _recipe(model: str, data: Paths | Rows | None, settings: Mapping[str, Any]) 
     sections: dict[str, Any] = {}
     for name, value in settings.items():
         section, dot, key = name.partition("__")
-        if dot:
-            sections.setdefault(section, {})[key] = value
-        else:
+        if not dot:
             sections[section] = value
+        elif isinstance(sections.setdefault(section, {}), dict):
+            sections[section][key] = value
+        else:
+            raise RecipeError(
+                f"{name} and {section}={sections[section]!r} are both given",
+                why="one is a key of the section, the other replaces the whole section",
+                fix=f"pass {section} as a dict with all of its keys",
+            )
     if data is None:
         if not model.endswith((".yaml", ".yml")):
             raise RecipeError("train needs data", why=f"{model} is no recipe file that names some", fix='train("MODEL", "examples.jsonl")')
-        return load_recipe(
-            Path(model), [f"{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()]
-        ), None
+        return load_recipe(Path(model), list(_as_words(sections))), None
     if isinstance(data, str) or (isinstance(data, Sequence) and all(isinstance(path, str) for path in data)):
-        return recipe_from({**sections, "model": model, "data": _with_train(sections.get("data"), data)}), None
+        return recipe_from(
+            {**sections, "model": _with("name", model, sections.get("model")), "data": _with("train", data, sections.get("data"))}
+        ), None
     rows = [dict(row) for row in cast("Rows", data)]
-    return recipe_from({**sections, "model": model, "data": _with_train(sections.get("data"), IN_MEMORY)}), rows
+    return recipe_from(
+        {**sections, "model": _with("name", model, sections.get("model")), "data": _with("train", IN_MEMORY, sections.get("data"))}
+    ), rows
 
 
-def _with_train(section: Any, paths: Any) -> dict[str, Any]:
+def _with(key: str, value: Any, section: Any) -> dict[str, Any]:
+    """The section as it was given, with the key that an argument of its own says."""
     given = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
-    return {**given, "train": list(paths) if not isinstance(paths, str) else paths}
+    return {**given, key: value}
+
+
+def _as_words(sections: Mapping[str, Any]) -> Iterator[str]:
+    """The settings as a command line would say them: JSON is YAML."""
+    for section, value in sections.items():
+        if isinstance(value, Mapping):
+            for key, inner in cast("Mapping[str, Any]", value).items():
+                yield f"{section}.{key}={json.dumps(inner)}"
+        else:
+            yield f"{section}={json.dumps(value)}"
 
 
 class FastLanguageModel:
@@ -364,7 +386,21 @@ class Trainer:
             backend = open_backend(planned.device.kind)
             backend.set_threads(planned.threads)
             write_json(folder / PLAN, planned.to_dict())
-            return fit(view.with_plan(planned), self.model, backend, folder, console)
+            self._keep_base(folder)
+            return fit(replace(view, plan=planned), self.model, backend, folder, console)
+
+    def _keep_base(self, folder: Path) -> None:
+        """An adapter on a model that exists only here is useless without it, so its base is written beside it."""
+        from pantheraml.export.safetensors import save_full
+        from pantheraml.models.tiny import PREFIX
+        from pantheraml.trainer.folder import BASE
+
+        named = self.model.config.name_or_path
+        if not hasattr(self.model, "get_base_model") or (folder / BASE).exists() or (named and not named.startswith(PREFIX)):
+            return
+        bare = copy.deepcopy(self.model).unload()
+        bare.config.name_or_path = str(folder / BASE)
+        save_full(bare, self.tokenizer, folder / BASE, verify=False)
 
     def _as_recipe(self) -> Recipe:
         args, origin = self.args, _origin(self.model)

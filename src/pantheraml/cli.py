@@ -67,6 +67,7 @@ def resume(run: RunFolder, as_json: AsJson = False) -> None:
     """Go on with a run from its newest sound checkpoint."""
     from pantheraml.trainer.runs import Run
 
+    run = run if run.name else run.resolve()
     recipe = Run(run).recipe
     where = recipe.run.model_copy(update={"folder": str(run.parent), "name": run.name})
     _train(recipe.model_copy(update={"run": where}), resume=True, as_json=as_json)
@@ -355,7 +356,7 @@ def _working() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\ninterrupted before the first step was done; nothing was saved", file=sys.stderr)
+        print("\ninterrupted; if a checkpoint was saved, go on with: pantheraml resume RUN", file=sys.stderr)
         sys.exit(130)
 
 
@@ -405,8 +406,9 @@ def _recipe(words: list[str]) -> Recipe:
     """The recipe that a command line asks for."""
     from pantheraml.recipe.load import load_recipe, recipe_from
 
-    names = [word for word in words if "=" not in word]
-    changes = [word for word in words if "=" in word]
+    # The first two words may be paths, and a path may hold a "=".
+    changes = [word for i, word in enumerate(words) if "=" in word and not (i < 2 and Path(word).exists())]
+    names = [word for word in words if word not in changes]
     if len(names) == 1 and Path(names[0]).suffix in (".yaml", ".yml"):
         return load_recipe(Path(names[0]), changes)
     if len(names) == 2:

@@ -61,10 +61,8 @@ class Survey:
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
     plan: Plan
-
-    def with_plan(self, plan: Plan) -> Survey:
-        """The same with another plan."""
-        return replace(self, plan=plan)
+    stored_dtype: str
+    """Of the weights as their authors store them; a fully trained model is saved in it."""
 
 
 def train(
@@ -128,6 +126,7 @@ def survey(
     device, _ = select(inventory, recipe.hardware)
     backend = open_backend(device.kind)
     shape = read_shape(recipe.model) if model is None else shape_of(model, recipe.model.name)
+    stored = read_config(recipe.model).dtype if model is None else model.config.dtype
     tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
     bad = BadRows(recipe.data.on_bad_row, recipe.data.max_bad_rows)
     try:
@@ -163,7 +162,9 @@ def survey(
     if console:
         for note in (f"Data: {data.detected.format} ({data.detected.why}).", *data.notes):
             console.print(note, markup=False, highlight=False)
-    return Survey(recipe=recipe, shape=shape, tokenizer=tokenizer, data=data, plan=plan)
+    return Survey(
+        recipe=recipe, shape=shape, tokenizer=tokenizer, data=data, plan=plan, stored_dtype=str(stored or "float32").removeprefix("torch.")
+    )
 
 
 def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console) -> Run:
@@ -235,7 +236,7 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
     final = engine.evaluate(held_out) if held_out else None
     samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
 
-    _save(model, tokenizer, recipe, folder)
+    _save(model, view, folder)
     run = Run(folder)
     speed = position.tokens / position.train_s if position.train_s else None
     report = {
@@ -384,12 +385,10 @@ def _fingerprint(recipe: Recipe, data: str) -> str:
     return blake3.blake3(repr((parts, data)).encode()).hexdigest()
 
 
-def _save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> None:
-    if isinstance(recipe.adapter, LoRA):
-        save_adapter(model, tokenizer, folder / ADAPTER, overwrite=True)
+def _save(model: Any, view: Survey, folder: Path) -> None:
+    if isinstance(view.recipe.adapter, LoRA):
+        save_adapter(model, view.tokenizer, folder / ADAPTER, overwrite=True)
         return
     import torch
 
-    stored = read_config(recipe.model).dtype
-    dtype = stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored), torch.float32)
-    save_full(model, tokenizer, folder / MODEL, dtype=dtype, overwrite=True)
+    save_full(model, view.tokenizer, folder / MODEL, dtype=getattr(torch, view.stored_dtype), overwrite=True)
