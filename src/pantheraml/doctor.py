@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pantheraml.hardware.backend import Backend, open_backend
 from pantheraml.hardware.detect import detect
 from pantheraml.hardware.device import Device, Inventory
+from pantheraml.kernels.table import installed
 from pantheraml.planning.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class DoctorReport:
     smoke: tuple[Smoke, ...]
     runs_folder: str
     disk_free_bytes: int | None
+    kernels: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Kind of device -> operation -> the function that would compute it."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -95,9 +98,13 @@ class DoctorReport:
         for package in (*self.basics, *self.optional):
             install = "" if package.version else f"pip install {package.install}"
             packages.add_row(package.name, package.version or "-", Text(package.needed_for), Text(install))
+        kernels = Table("operation", "device", "computed by", title="Kernels", title_justify="left")
+        for kind, operations in self.kernels.items():
+            for operation, function in operations.items():
+                kernels.add_row(operation, kind, function.removeprefix("pantheraml."))
         disk = f"{format_bytes(self.disk_free_bytes)} free for {self.runs_folder}/"
         verdict = [Text(f"problem: {problem}", style="red") for problem in self.problems] or [Text("ready to train", style="green")]
-        return Group(Text(f"Python {self.python} on {self.system}; {disk}"), devices, absent, packages, *verdict)
+        return Group(Text(f"Python {self.python} on {self.system}; {disk}"), devices, absent, kernels, packages, *verdict)
 
 
 def report(runs_folder: str = "runs") -> DoctorReport:
@@ -112,6 +119,7 @@ def report(runs_folder: str = "runs") -> DoctorReport:
         smoke=tuple(step for device in inventory.devices for step in smoke_steps(open_backend(device.kind), device)),
         runs_folder=runs_folder,
         disk_free_bytes=_disk_free(Path(runs_folder)),
+        kernels={kind: installed(kind) for kind in dict.fromkeys(device.kind for device in inventory.devices)},
     )
 
 

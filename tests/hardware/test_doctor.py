@@ -25,6 +25,7 @@ def test_render_says_what_is_missing_and_how_to_get_it() -> None:
     text = console.export_text()
     assert "cpu:0" in text
     assert "ready to train" in text
+    assert "linear_cross_entropy" in text
     for package in seen.optional:
         assert package.name in text
         # An extra in brackets is not read as markup.
