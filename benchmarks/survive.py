@@ -36,16 +36,16 @@ ROWS = 200
 LONGEST_WAIT_S = 300.0  # for a step or a save to be seen: far more than a slow machine needs to start
 LOOK_EVERY_S = 0.001
 ANY_MOMENT_S = 0.2  # a step and its save take less on most machines, so any place of both may be hit
-MID_SAVE_S = 0.002  # a save of this small model takes a few milliseconds
+MID_SAVE_S = 0.005  # a save of this adapter takes longer: 4 MB are written, hashed and synced
 WORDS = ("red", "green", "blue", "stone", "river", "cloud", "maple", "copper", "violet", "amber", "north", "south", "quick", "slow")
 # Checkpoints are made in hidden folders and go through hidden folders; one that is left tells that a kill hit a save.
-HIDDEN = ".*"
+HIDDEN, HALF_WRITTEN = ".*", "unfinished"
 
 # Float32, because `auto` asks the clock which dtype is faster, and on a busy machine two runs may get two answers.
 RECIPE = """\
 model: {{name: tiny:llama, dtype: float32}}
 data: {{train: {rows}, eval_fraction: 0.05}}
-adapter: {{kind: lora, rank: 4, dropout: 0.1}}
+adapter: {{kind: lora, rank: 32, dropout: 0.1}}
 batch: {{size: 4, micro_tokens: 512}}
 optim: {{steps: {steps}, lr: 1.0e-3}}
 eval: {{every: 20, generate_rows: 0}}
@@ -200,7 +200,7 @@ def strike(child: Child, step: int, *, aimed: bool, chance: random.Random) -> bo
     try:
         alive = wait_until(child, lambda: child.folder.exists() and newest_step(child.folder) >= step)
         if aimed:
-            alive = alive and wait_until(child, lambda: bool(hidden(child.folder)))
+            alive = alive and wait_until(child, lambda: any(HALF_WRITTEN in place.name for place in hidden(child.folder)))
         time.sleep(chance.uniform(0, MID_SAVE_S if aimed else ANY_MOMENT_S))
     finally:
         child.process.send_signal(signal.SIGKILL)
@@ -290,7 +290,7 @@ def count_flips(checkpoints: Path, room: Path, flips: int, chance: random.Random
 
 
 def count_tampered(checkpoints: Path, room: Path) -> dict[str, bool]:
-    """Remove and exchange each file in turn; what was done -> whether it was found out."""
+    """Remove each file, and put its namesake from the checkpoint before in its place; what was done -> whether it was found out."""
     results: dict[str, bool] = {}
     for file in sorted(file.name for file in newest(checkpoints).iterdir()):
 
