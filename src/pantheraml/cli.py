@@ -139,8 +139,8 @@ def evaluate(
 ) -> None:
     """Measure loss and exact match on held-out rows."""
     from pantheraml.recipe.load import recipe_from
+    from pantheraml.trainer.evaluate import evaluate as measure
     from pantheraml.trainer.folder import is_run
-    from pantheraml.trainer.run import evaluate as measure
     from pantheraml.trainer.runs import Run
 
     if is_run(Path(target)):

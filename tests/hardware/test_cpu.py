@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pantheraml.hardware.backend import BACKENDS, open_backend
-from pantheraml.hardware.cpu import CpuBackend, cpu_name, usable_cores, usable_memory
+from pantheraml.hardware.cpu import CpuBackend, cpu_name, multiplies_bfloat16, usable_cores, usable_memory
 from pantheraml.hardware.device import Device
 
 MIB = 1 << 20
@@ -139,3 +139,19 @@ def test_every_row_of_the_table_opens_a_backend_of_its_kind() -> None:
         backend = open_backend(kind)
         assert backend.kind == kind
         assert backend.attention[-1] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("line", "native"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16 vnni", True),
+        ("flags\t\t: fpu avx2 amx_bf16", True),
+        ("Features\t: fp asimd bf16 i8mm", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("model name\t: a cpu named bf16", False),
+    ],
+)
+def test_bfloat16_is_first_where_the_processor_multiplies_it(tmp_path, line: str, native: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert multiplies_bfloat16(tmp_path / "cpuinfo") is native
+    assert multiplies_bfloat16(tmp_path / "none") is False

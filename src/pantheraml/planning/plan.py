@@ -229,7 +229,11 @@ def _dtype(recipe: Recipe, device: Device) -> tuple[Dtype, str]:
         if dtype == "bfloat16":
             return dtype, f"the fastest dtype that trains well on {device}"
         if dtype == "float32":
-            slower = "bfloat16 was not clearly faster here" if "bfloat16" in device.dtypes else "bfloat16 is not native here"
+            slower = (
+                "bfloat16 has no instructions of its own here, so it would be slower"
+                if "bfloat16" in device.dtypes
+                else "bfloat16 is not native here"
+            )
             return dtype, slower
     raise DeviceError(
         f"{device} ({device.name}) trains in neither float32 nor bfloat16",

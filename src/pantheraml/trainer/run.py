@@ -11,7 +11,7 @@ train(recipe)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from pantheraml.data.load import BadRows
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.data.prepare import Prepared, Records, prepare
 from pantheraml.engines.torch_engine import TorchEngine
-from pantheraml.errors import DataError, RecipeError
+from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, open_backend
 from pantheraml.hardware.cpu import usable_cores
@@ -42,8 +42,8 @@ from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
 from pantheraml.trainer.report import REPORT, measured_beside, write_report
-from pantheraml.trainer.runs import Loaded, Run
-from pantheraml.trainer.samples import answers, ask, exact_match, read_samples, with_answers, write_samples
+from pantheraml.trainer.runs import Run
+from pantheraml.trainer.samples import Sample, answers, ask, exact_match, read_samples, with_answers, write_samples
 from pantheraml.trainer.sft import sft_loss
 from pantheraml.trainer.watch import Watch, open_reporters
 
@@ -171,7 +171,7 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
     """Train the model that is here, and leave results and report in the folder. Goes on where checkpoints are found."""
     recipe, plan, data, tokenizer = view.recipe, view.plan, view.data, view.tokenizer
     source = data.source(batch_size=plan.batch_size, seed=recipe.run.seed, epochs=recipe.optim.epochs, steps=recipe.optim.steps)
-    layout = _layout(plan, tokenizer, trim=not backend.static_shapes)
+    layout = layout_of(plan, tokenizer, trim=not backend.static_shapes)
     engine = TorchEngine(backend)
     loss = sft_loss(model, kernel("linear_cross_entropy", plan.device.kind))
     engine.prepare(model, loss, recipe.optim, plan, seed=recipe.run.seed)
@@ -202,7 +202,7 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
         reporters=open_reporters(recipe.run.reporters, folder, learned(recipe)),
     )
     backend.reset_peak(index)
-    held_out = _batches(data, plan, layout)
+    held_out = batches_of(data, plan, layout)
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     try:
         with loop.Stop().listening() as stop:
@@ -238,9 +238,34 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
 
     _save(model, view, folder)
     run = Run(folder)
+    report = _summary(
+        view, model, position, samples, name=folder.name, kept_step=kept, final_loss=final, peak_bytes=peak_bytes, notes=notes
+    )
+    exports = [run.export("merged")] if recipe.export.merged else []
+    exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
+    for exported in exports:
+        console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
+    write_report(folder, report, plan, samples)
+    return run
+
+
+def _summary(
+    view: Survey,
+    model: Any,
+    position: loop.Position,
+    samples: Sequence[Sample],
+    *,
+    name: str,
+    kept_step: int,
+    final_loss: float | None,
+    peak_bytes: int,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """What report.json says of a run, besides its samples."""
+    recipe, plan, data = view.recipe, view.plan, view.data
     speed = position.tokens / position.train_s if position.train_s else None
-    report = {
-        "run": folder.name,
+    return {
+        "run": name,
         "pantheraml": version("pantheraml"),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": recipe.model.name,
@@ -257,7 +282,7 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
         },
         "train": {
             "steps": position.step,
-            "kept_step": kept,
+            "kept_step": kept_step,
             "batch_size": plan.batch_size,
             "tokens": position.tokens,
             "tokens_per_s": speed,
@@ -268,46 +293,12 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
         "eval": {
             "rows": len(data.questions),
             "loss_before": position.first_eval,
-            "loss_after": final,
+            "loss_after": final_loss,
             "exact_match_before": exact_match(samples, after=False),
             "exact_match_after": exact_match(samples, after=True),
         },
         "plan": measured_beside(plan, peak_bytes=peak_bytes, tokens_per_s=speed, train_s=position.train_s),
-        "notes": notes,
-    }
-    exports = [run.export("merged")] if recipe.export.merged else []
-    exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
-    for exported in exports:
-        console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
-    write_report(folder, report, plan, samples)
-    return run
-
-
-def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
-    """Loss and exact match of a model on the recipe's held-out rows, without training. Exact match is None for plain text.
-
-    Raises: DataError if nothing is held out.
-    """
-    view = survey(recipe)
-    data, plan = view.data, view.plan
-    if not len(data.held_out):
-        raise DataError(
-            "there are no rows to evaluate on",
-            why="the run held none out, or none of them could be used",
-            fix="name a file with rows: pantheraml eval RUN FILE",
-        )
-    backend = open_backend(plan.device.kind)
-    engine = TorchEngine(backend)
-    engine.prepare(loaded.model, sft_loss(loaded.model, kernel("linear_cross_entropy", plan.device.kind)), None, plan, seed=recipe.run.seed)
-    layout = _layout(replace(plan, packing=False), view.tokenizer, trim=not backend.static_shapes)
-    samples, asked = ask(data.questions, (), data.encoder)
-    samples = with_answers(samples, answers(loaded.model, loaded.tokenizer, asked, recipe.eval.max_new_tokens), after=True)
-    return {
-        "rows": len(data.held_out),
-        "loss": engine.evaluate(_batches(data, plan, layout)),
-        "answered_rows": len(data.questions),
-        "exact_match": exact_match(samples, after=True),
-        "samples": [{"prompt": sample.prompt, "expected": sample.expected, "answer": sample.after} for sample in samples],
+        "notes": list(notes),
     }
 
 
@@ -331,14 +322,15 @@ def default_console() -> Console:
     return Console(stderr=True)
 
 
-def _layout(plan: Plan, tokenizer: Any, *, trim: bool) -> Callable[[Iterable[Any]], StepBatch]:
+def layout_of(plan: Plan, tokenizer: Any, *, trim: bool) -> Callable[[Iterable[Any]], StepBatch]:
+    """What lays the examples of a step into the plan's shapes."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return lambda examples: pack_step(
         list(examples), row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=trim
     )
 
 
-def _batches(data: Prepared, plan: Plan, layout: Callable[[Iterable[Any]], StepBatch]) -> list[StepBatch]:
+def batches_of(data: Prepared, plan: Plan, layout: Callable[[Iterable[Any]], StepBatch]) -> list[StepBatch]:
     """The held-out examples, as many at a time as a training step takes."""
     held = data.held_out
     return [

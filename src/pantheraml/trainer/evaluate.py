@@ -1,0 +1,44 @@
+"""Loss and exact match of a model that is there, on rows, without training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pantheraml.engines.torch_engine import TorchEngine
+from pantheraml.errors import DataError
+from pantheraml.hardware.backend import open_backend
+from pantheraml.kernels.table import kernel
+from pantheraml.recipe.types import Recipe
+from pantheraml.trainer.run import batches_of, layout_of, survey
+from pantheraml.trainer.runs import Loaded
+from pantheraml.trainer.samples import answers, ask, exact_match, with_answers
+from pantheraml.trainer.sft import sft_loss
+
+
+def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
+    """Loss and exact match of a model on the recipe's held-out rows, without training. Exact match is None for plain text.
+
+    Raises: DataError if nothing is held out.
+    """
+    view = survey(recipe)
+    data, plan = view.data, view.plan
+    if not len(data.held_out):
+        raise DataError(
+            "there are no rows to evaluate on",
+            why="the run held none out, or none of them could be used",
+            fix="name a file with rows: pantheraml eval RUN FILE",
+        )
+    backend = open_backend(plan.device.kind)
+    engine = TorchEngine(backend)
+    engine.prepare(loaded.model, sft_loss(loaded.model, kernel("linear_cross_entropy", plan.device.kind)), None, plan, seed=recipe.run.seed)
+    layout = layout_of(replace(plan, packing=False), view.tokenizer, trim=not backend.static_shapes)
+    samples, asked = ask(data.questions, (), data.encoder)
+    samples = with_answers(samples, answers(loaded.model, loaded.tokenizer, asked, recipe.eval.max_new_tokens), after=True)
+    return {
+        "rows": len(data.held_out),
+        "loss": engine.evaluate(batches_of(data, plan, layout)),
+        "answered_rows": len(data.questions),
+        "exact_match": exact_match(samples, after=True),
+        "samples": [{"prompt": sample.prompt, "expected": sample.expected, "answer": sample.after} for sample in samples],
+    }
