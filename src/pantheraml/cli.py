@@ -335,6 +335,8 @@ def main() -> None:
     """Run the command line; errors a person can act on are three lines and an exit code, not a traceback."""
     # Transformers asks the Hub for statistics otherwise. Nobody asked for that network.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Threads that spin while they wait for each other stop a run almost whole when another program wants their cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         app(prog_name="pantheraml")
