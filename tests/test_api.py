@@ -291,3 +291,29 @@ def test_our_model_trains_in_trls_own_trainer(tmp_path: Path, monkeypatch: pytes
     measured = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(measured) == 6 and all(math.isfinite(loss) for loss in measured) and measured[-1] < measured[0]
     assert trainer.model is model or trainer.model.get_base_model() is model.get_base_model()
+
+
+# ---- What people pass by habit -----------------------------------------------------------------------------------
+
+
+def test_paths_may_be_path_objects(tmp_path: Path):
+    data = Path(written(tmp_path / "rows.jsonl", ROWS))
+    (tmp_path / "recipe.yaml").write_text(f"model: tiny:llama\ndata: {data}\n")
+    plans = [pantheraml.plan("tiny:llama", data), pantheraml.plan("tiny:llama", [data]), pantheraml.plan(tmp_path / "recipe.yaml")]
+    plans.append(pantheraml.plan(tmp_path / "recipe.yaml", run__folder=tmp_path))
+    assert len({plan.row_tokens for plan in plans}) == 1
+
+
+@pytest.mark.parametrize(("data", "said"), [([1, 2], "row 1 of the data is a int"), ({"train": "rows.jsonl"}, "the data is one mapping")])
+def test_rows_that_are_no_rows_are_refused_in_words(data, said: str):
+    with pytest.raises(DataError, match=said):
+        pantheraml.plan("tiny:llama", data)
+
+
+def test_arguments_that_cannot_be_kept_are_refused_in_words(trained):
+    model, tokenizer, _ = trained
+    with pytest.raises(RecipeError, match="warmup_steps=5 is given without max_steps"):
+        Trainer(model, tokenizer, ROWS, args=TrainingArguments(warmup_steps=5))
+    fresh, _ = FastLanguageModel.from_pretrained("tiny:llama", dtype="float32", device="cpu")
+    with pytest.raises(RecipeError, match=r"adapter\.rank must be a whole number above 0"):
+        FastLanguageModel.get_peft_model(fresh, r=0)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pantheraml.data.prepare import IN_MEMORY
-from pantheraml.errors import PantheraError, RecipeError
+from pantheraml.errors import DataError, PantheraError, RecipeError
 from pantheraml.recipe.load import load_recipe, recipe_from
 from pantheraml.recipe.types import Kind, LoRA, ModelSpec, Recipe
 from pantheraml.trainer.run import fit, isolated, survey
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
     from pantheraml.planning.plan import Plan
 
 Rows = Iterable[Mapping[str, Any]]
-Paths = str | Sequence[str]
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 
-def train(model: str, data: Paths | Rows | None = None, *, resume: bool = False, console: Console | None = None, **settings: Any) -> Run:
+def train(
+    model: str | PathLike[str], data: Paths | Rows | None = None, *, resume: bool = False, console: Console | None = None, **settings: Any
+) -> Run:
     """Fine-tune a model on data, and return the run.
 
     Args:
@@ -46,7 +50,7 @@ def train(model: str, data: Paths | Rows | None = None, *, resume: bool = False,
     return train_recipe(recipe, resume=resume, console=console, rows=rows)
 
 
-def plan(model: str, data: Paths | Rows | None = None, **settings: Any) -> Plan:
+def plan(model: str | PathLike[str], data: Paths | Rows | None = None, **settings: Any) -> Plan:
     """What `train` would do, and why; loads no weight. Arguments as for `train`."""
     recipe, rows = _recipe(model, data, settings)
     return survey(recipe, rows=rows).plan
@@ -60,7 +64,8 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     return train_recipe(recipe.model_copy(update={"run": where}), resume=True, console=console)
 
 
-def _recipe(model: str, data: Paths | Rows | None, settings: Mapping[str, Any]) -> tuple[Recipe, Rows | None]:
+def _recipe(model: str | PathLike[str], data: Paths | Rows | None, settings: Mapping[str, Any]) -> tuple[Recipe, Rows | None]:
+    model = os.fspath(model)
     sections: dict[str, Any] = {}
     for name, value in settings.items():
         section, dot, key = name.partition("__")
@@ -78,14 +83,36 @@ def _recipe(model: str, data: Paths | Rows | None, settings: Mapping[str, Any]) 
         if not model.endswith((".yaml", ".yml")):
             raise RecipeError("train needs data", why=f"{model} is no recipe file that names some", fix='train("MODEL", "examples.jsonl")')
         return load_recipe(Path(model), list(_as_words(sections))), None
-    if isinstance(data, str) or (isinstance(data, Sequence) and all(isinstance(path, str) for path in data)):
-        return recipe_from(
-            {**sections, "model": _with("name", model, sections.get("model")), "data": _with("train", data, sections.get("data"))}
-        ), None
-    rows = [dict(row) for row in cast("Rows", data)]
-    return recipe_from(
-        {**sections, "model": _with("name", model, sections.get("model")), "data": _with("train", IN_MEMORY, sections.get("data"))}
-    ), rows
+    paths = _as_paths(data)
+    rows = None if paths is not None else _as_rows(cast("Rows", data))
+    sections["model"] = _with("name", model, sections.get("model"))
+    sections["data"] = _with("train", [IN_MEMORY] if paths is None else paths, sections.get("data"))
+    return recipe_from(sections), rows
+
+
+def _as_paths(data: object) -> list[str] | None:
+    """The paths that are meant; None if it is not paths that were given."""
+    if isinstance(data, str | PathLike):
+        return [os.fspath(cast("str | PathLike[str]", data))]
+    if isinstance(data, list | tuple) and data and all(isinstance(path, str | PathLike) for path in cast("Sequence[object]", data)):
+        return [os.fspath(path) for path in cast("Sequence[str | PathLike[str]]", data)]
+    return None
+
+
+def _as_rows(data: Rows) -> list[dict[str, Any]]:
+    """Rows from memory. Raises: DataError if one is no mapping."""
+    if isinstance(data, Mapping):
+        raise DataError("the data is one mapping", why="a data set is many rows", fix="pass a list of such mappings, or the path of a file")
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(data, 1):
+        if not isinstance(cast("object", row), Mapping):
+            raise DataError(
+                f"row {number} of the data is a {type(row).__name__}",
+                why="a row is a mapping with named fields, as a line of a JSONL file is",
+                fix="pass dicts such as {'messages': [...]}, or the path of a file",
+            )
+        rows.append(dict(row))
+    return rows
 
 
 def _with(key: str, value: Any, section: Any) -> dict[str, Any]:
@@ -99,9 +126,9 @@ def _as_words(sections: Mapping[str, Any]) -> Iterator[str]:
     for section, value in sections.items():
         if isinstance(value, Mapping):
             for key, inner in cast("Mapping[str, Any]", value).items():
-                yield f"{section}.{key}={json.dumps(inner)}"
+                yield f"{section}.{key}={json.dumps(inner, default=str)}"
         else:
-            yield f"{section}={json.dumps(value)}"
+            yield f"{section}={json.dumps(value, default=str)}"
 
 
 class FastLanguageModel:
@@ -189,7 +216,10 @@ class FastLanguageModel:
                 fix="leave it out, or make the adapter with peft.get_peft_model: it trains here just as well",
             )
         targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-        spec = LoRA(rank=r, alpha=float(lora_alpha), dropout=lora_dropout, targets=targets, rslora=use_rslora, dora=use_dora)
+        asked = {"rank": r, "alpha": float(lora_alpha), "dropout": float(lora_dropout), "targets": list(targets), "rslora": use_rslora}
+        # Through the recipe, which says what is wrong with a value.
+        checked = recipe_from({"model": "checked", "data": "checked", "adapter": {"kind": "lora", "dora": use_dora, **asked}})
+        spec = cast("LoRA", checked.adapter)
         adapted: Any = attach(model, spec, seed=random_state)
         if use_gradient_checkpointing:
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -339,8 +369,8 @@ class Trainer:
         self,
         model: Any,
         tokenizer: Any = None,
-        train_dataset: Rows | str | None = None,
-        eval_dataset: Rows | str | None = None,
+        train_dataset: Paths | Rows | None = None,
+        eval_dataset: Paths | Rows | None = None,
         args: TrainingArguments | None = None,
         *,
         processing_class: Any = None,
@@ -381,7 +411,7 @@ class Trainer:
                 model=self.model,
                 tokenizer=self.tokenizer,
             )
-            planned = stored_plan(folder, view.plan, console) if resume_from_checkpoint else view.plan
+            planned = stored_plan(folder, view.plan, recipe, console) if resume_from_checkpoint else view.plan
             planned = isolated(self.model, planned, recipe, console)
             backend = open_backend(planned.device.kind)
             backend.set_threads(planned.threads)
@@ -407,7 +437,13 @@ class Trainer:
         length = args.max_length or origin.max_tokens
         steps = args.max_steps if args.max_steps > 0 else None
         warmup = args.warmup_ratio
-        if args.warmup_steps is not None and steps:
+        if args.warmup_steps is not None:
+            if not steps:
+                raise RecipeError(
+                    f"warmup_steps={args.warmup_steps} is given without max_steps",
+                    why="a recipe holds the warm-up as a share of the steps, and how many there are is not known before the rows are read",
+                    fix="pass warmup_ratio, or max_steps as well",
+                )
             warmup = min(args.warmup_steps / steps, 0.999)
         adapted = hasattr(self.model, "get_base_model")
         said: dict[str, dict[str, Any]] = {
@@ -439,6 +475,7 @@ class Trainer:
             "eval": {} if args.eval_steps is None else {"every": args.eval_steps},
             "hardware": {
                 "kind": self.model.device.type,
+                "index": self.model.device.index or 0,
                 **({} if args.gradient_checkpointing is None else {"checkpointing": "on" if args.gradient_checkpointing else "off"}),
             },
             "run": {
@@ -473,9 +510,8 @@ def _adapter_of(model: Any, origin: _Origin) -> dict[str, Any]:
     }
 
 
-def _paths_and_rows(dataset: Rows | str | None) -> tuple[list[str], list[dict[str, Any]] | None]:
+def _paths_and_rows(dataset: Paths | Rows | None) -> tuple[list[str], list[dict[str, Any]] | None]:
     if dataset is None:
         return [], None
-    if isinstance(dataset, str | Path):
-        return [str(dataset)], None
-    return [IN_MEMORY], [dict(row) for row in dataset]
+    paths = _as_paths(dataset)
+    return (paths, None) if paths is not None else ([IN_MEMORY], _as_rows(cast("Rows", dataset)))

@@ -95,7 +95,8 @@ def chat(
     while True:
         try:
             said = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            print()
             break
         if not said:
             break
@@ -250,9 +251,7 @@ def check(
 
     spec = DataSpec(train=tuple(data), eval=tuple(evaluation or ()), format=format, on_bad_row="skip")
     tokenizer = _tokenizer(model) if model else None
-    from pantheraml.planning.batch import row_lengths
-
-    found = inspect.check(data, tokenizer, spec, max_tokens, loss_on=loss_on, row_tokens=row_lengths(max_tokens), micro_tokens=max_tokens)
+    found = inspect.check(data, tokenizer, spec, max_tokens, loss_on=loss_on)
     if as_json:
         _print_json(found.to_dict())
     else:

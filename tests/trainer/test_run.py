@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DataError, DivergedError, RecipeError, StorageError
 from pantheraml.models.tiny import tiny_config, tiny_tokenizer
-from pantheraml.recipe.load import dump_recipe
+from pantheraml.recipe.load import dump_recipe, recipe_from
+from pantheraml.trainer.folder import open_folder
 from pantheraml.trainer.run import train
 from pantheraml.trainer.runs import Run, list_runs
 
@@ -299,16 +300,56 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path, data):
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_its_name_free(tmp_path: Path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/notes.txt").write_text("mine")
     rows = [*chats(12), {"messages": "not a list"}]
     with pytest.raises(DataError, match="<memory>:13 cannot be used"):
         made(tiny_recipe(tmp_path), rows)
-    assert {file.name for file in (tmp_path / "run").iterdir()} <= {"notes.txt", ".lock", "bad_rows.jsonl"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} <= {".lock", "bad_rows.jsonl"}
     run, _ = made(
         tiny_recipe(tmp_path, data={"train": "<memory>", "on_bad_row": "skip"}, optim={"steps": 1}, eval={"generate_rows": 0}), rows
     )
-    assert run.report["data"]["bad_rows"] == 1 and (run.folder / "notes.txt").read_text() == "mine"
+    assert run.report["data"]["bad_rows"] == 1
+
+
+@pytest.mark.parametrize("name", ["adapter/notes.txt", ".cache.deadbeef", "base/config.json"])
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path: Path, data, name: str):
+    theirs = tmp_path / "run" / name
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(StorageError, match="is there already, and is no run"):
+            made(tiny_recipe(tmp_path, data), resume=resume)
+    assert theirs.read_text() == "mine" and [place for place in (tmp_path / "run").rglob("*") if place.is_file()] == [theirs]
+
+
+def test_a_name_that_is_not_asked_for_passes_by_a_folder_that_is_no_run(tmp_path: Path):
+    recipe = recipe_from({"model": "tiny:llama", "data": "faq.jsonl", "run": {"folder": str(tmp_path)}})
+    (tmp_path / "llama-faq").mkdir()
+    (tmp_path / "llama-faq" / "notes.txt").write_text("mine")
+    with open_folder(recipe, resume=False) as (folder, named):
+        assert folder.name == named.run.name == "llama-faq-2"
+    with open_folder(recipe, resume=True) as (folder, _):
+        assert folder.name == "llama-faq-2"
+
+
+def test_a_run_name_that_is_a_path_is_refused(tmp_path: Path, data):
+    for name in ("../x", "a/b", ".."):
+        with pytest.raises(RecipeError, match="is a path"):
+            made(tiny_recipe(tmp_path, data, run={"name": name}))
+
+
+def test_what_only_changes_rounding_may_be_asked_for_when_a_run_goes_on(tmp_path: Path, monkeypatch, data):
+    recipe = tiny_recipe(tmp_path, data, eval={"generate_rows": 0})
+    killed_at(3, monkeypatch, recipe)
+    changed = recipe.model_copy(
+        update={
+            "hardware": recipe.hardware.model_copy(update={"checkpointing": "on"}),
+            "batch": recipe.batch.model_copy(update={"micro_tokens": 1024}),
+        }
+    )
+    run, said = made(changed, resume=True)
+    plan = json.loads((run.folder / "plan.json").read_text())
+    assert plan["checkpointing"] is True and plan["micro_tokens"] == 1024
+    assert "checkpointing=True, micro_tokens=1024" in said and "Going on after step" in said
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, monkeypatch, data):

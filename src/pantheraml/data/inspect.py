@@ -27,6 +27,8 @@ from pantheraml.data.load import (
 from pantheraml.data.pack import efficiency
 from pantheraml.data.source import Counts, Examples, content_key, overlap, split, tokenize
 from pantheraml.errors import DataError
+from pantheraml.planning.batch import row_lengths
+from pantheraml.planning.plan import PACKED_ROW_EXAMPLES
 from pantheraml.recipe.types import DataSpec, Format
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ def check(
 
     Args:
         tokenizer: without one, only formats and rows are checked.
-        row_tokens, micro_tokens: the shape that packing efficiency is for. Default: one row of max_tokens.
+        row_tokens, micro_tokens: the shape that packing efficiency is for. Default: what a run would take where memory is plenty.
     Raises: DataError for what concerns whole files, or if no row can be used.
     """
     # Every bad row shall be reported, so the limit is one that is not reached.
@@ -154,7 +156,7 @@ def check(
     lenient = spec.model_copy(update={"too_long": "truncate"}) if spec.too_long == "error" else spec
     examples = tokenize(watched(), encoder, lenient, max_tokens, bad)
     lengths = examples.lengths.tolist()
-    shape = row_tokens or (max_tokens,)
+    shape = row_tokens or row_lengths(max_tokens, int(examples.lengths.max()) * (PACKED_ROW_EXAMPLES if packing else 1))
     held: Examples | None = None
     if spec.eval:
         held_rows, held_format = open_rows(spec.eval, spec.format, on_bad=bad)
@@ -168,7 +170,12 @@ def check(
         lengths=_histogram(examples.lengths),
         learned_share=examples.counts.label_tokens / max(1, examples.counts.tokens),
         packing_efficiency=efficiency(
-            lengths, batch_size=batch_size, row_tokens=shape, micro_tokens=micro_tokens or shape[-1], packing=packing
+            lengths,
+            batch_size=batch_size,
+            row_tokens=shape,
+            micro_tokens=micro_tokens or shape[-1],
+            packing=packing,
+            trim=row_tokens is None,
         ),
         overlap=None if held is None else tuple(overlap(examples, held)),
         notes=(note,) if note else (),

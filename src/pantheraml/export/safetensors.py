@@ -309,7 +309,7 @@ def _refuse_occupied(out: Path, overwrite: bool) -> None:
     raise StorageError(
         f"{out} is not empty" if out.is_dir() else f"{out} is a file",
         why="an export replaces the whole folder, and what is in it may not be ours",
-        fix="name another folder, or pass overwrite=True",
+        fix="name another folder, or pass --overwrite (overwrite=True from Python)",
     )
 
 

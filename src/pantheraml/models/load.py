@@ -211,8 +211,6 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         text = str(error).strip()
-        if isinstance(error, ImportError) and not spec.trust_remote_code:
-            raise
         first = text.splitlines()[0] if text else type(error).__name__
         if "trust_remote_code" in text:
             raise RecipeError(

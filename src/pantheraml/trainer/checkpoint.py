@@ -56,6 +56,11 @@ class Checkpoints:
         for leftover in self._hidden():
             _delete(leftover)
 
+    @property
+    def run(self) -> Path:
+        """The folder of the run that they belong to."""
+        return self._folder.parent
+
     def steps(self) -> list[int]:
         """Steps for which there is a folder, rising; not yet verified."""
         if not self._folder.is_dir():
@@ -231,7 +236,7 @@ def _not_removed(place: Path, error: OSError) -> StorageError:
     return StorageError(
         f"{place} could not be removed: {error.strerror or error}",
         why="it is not kept any longer, and the disk would fill with such folders; no other checkpoint is touched",
-        fix="correct the permissions of the folder, then go on with: pantheraml resume",
+        fix=f"correct the permissions of the folder, then go on with: pantheraml resume {place.parent.parent}",
     )
 
 
@@ -239,5 +244,5 @@ def _not_saved(out: Path, reason: str) -> StorageError:
     return StorageError(
         f"the checkpoint {out} could not be saved: {reason}",
         why="it is written beside its place and moved there when complete, so the checkpoints before it are untouched",
-        fix="free space on the disk or name another run.folder, then go on with: pantheraml resume",
+        fix=f"free space on the disk, then go on with: pantheraml resume {out.parent.parent}",
     )

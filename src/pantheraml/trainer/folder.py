@@ -70,10 +70,10 @@ def open_folder(recipe: Recipe, *, resume: bool) -> Iterator[tuple[Path, Recipe]
             fix="set run.folder to a folder that you may write to, or correct its permissions",
         ) from error
     try:
-        for place in (*folder.iterdir(), *(folder / GGUF).glob("*")):
-            if _LEFTOVER.fullmatch(place.name):
-                _delete(place)
         if is_run(folder):
+            for place in (*folder.iterdir(), *(folder / GGUF).glob("*")):
+                if _LEFTOVER.fullmatch(place.name):
+                    _delete(place)
             _check_same(folder, recipe)
             yield folder, recipe
         else:
@@ -106,6 +106,18 @@ def _choose(recipe: Recipe, resume: bool) -> Path:
     root = Path(recipe.run.folder)
     if recipe.run.name is not None:
         folder = root / recipe.run.name
+        if folder.parent != root or recipe.run.name == "..":
+            raise RecipeError(
+                f"run.name={recipe.run.name} is a path",
+                why="run folders lie side by side in run.folder, so that they can be listed",
+                fix="write the path as run.folder, and its last part as run.name",
+            )
+        if not is_run(folder) and _holds_something(folder):
+            raise StorageError(
+                f"the folder {folder} is there already, and is no run",
+                why="a run writes and replaces what it needs, and what is in there may not be its own",
+                fix="set run.name or run.folder to a place that is empty or new",
+            )
         if is_run(folder) and not resume:
             raise StorageError(
                 f"the run {folder} is there already",
@@ -114,13 +126,17 @@ def _choose(recipe: Recipe, resume: bool) -> Path:
             )
         return folder
     name = usual_name(recipe)
-    folder, number = root / name, 1
-    while is_run(folder):
-        following = root / f"{name}-{number + 1}"
-        if resume and not is_run(following):
-            break
-        folder, number = following, number + 1
-    return folder
+    folder, number, newest = root / name, 1, None
+    while is_run(folder) or _holds_something(folder):
+        newest = folder if is_run(folder) else newest
+        number += 1
+        folder = root / f"{name}-{number}"
+    return newest if resume and newest else folder
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is more than a run that failed before it began leaves."""
+    return folder.is_dir() and any(place.name not in (_LOCK, BAD_ROWS) for place in folder.iterdir())
 
 
 def _try_to_write(folder: Path) -> None:
@@ -145,8 +161,9 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
 
 
 def learned(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The part of a recipe that decides which weights come out."""
+    """The part of a recipe that decides which weights come out. micro_tokens only changes how sums are rounded."""
     parts = {name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "data", "method", "adapter", "batch", "optim")}
+    del parts["batch"]["micro_tokens"]
     parts["eval"] = {"early_stop": recipe.eval.early_stop, "every": recipe.eval.every}
     parts["run"] = {"seed": recipe.run.seed, "best": recipe.run.best}
     return parts

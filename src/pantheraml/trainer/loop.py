@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 
 from pantheraml.data.chat import Example
@@ -199,7 +200,7 @@ def run(
             save()
             clock = time.perf_counter()
         if asked is not None and not last:
-            raise _stopped(asked, done, rhythm.total)
+            raise stopped(asked, done, rhythm.total, checkpoints.run)
     return position
 
 
@@ -207,12 +208,13 @@ def _due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def _stopped(number: int, done: int, total: int) -> StoppedError:
+def stopped(number: int, done: int, total: int, run: Path) -> StoppedError:
+    """The error that ends a run which somebody asked to stop, after its checkpoint was saved."""
     preempted = number == signal.SIGTERM
     return StoppedError(
         f"stopped after step {done} of {total}, with a checkpoint saved",
         why="the system asked the process to end (SIGTERM)" if preempted else "you pressed Ctrl-C",
-        fix="go on later with: pantheraml resume",
+        fix=f"go on later with: pantheraml resume {run}",
         exit_code=PREEMPTED if preempted else INTERRUPTED,
     )
 

@@ -85,9 +85,10 @@ def train(
         if resume and (folder / REPORT).exists():
             console.print(f"The run {folder} has ended already.", markup=False)
             return Run(folder)
+        console.print(f"Run folder: {folder}", markup=False, highlight=False)
         local = _with_local_base(recipe, folder)
         view = survey(local, folder=folder, console=console, rows=rows, held_out=held_out)
-        plan = stored_plan(folder, view.plan, console) if resume else view.plan
+        plan = stored_plan(folder, view.plan, recipe, console) if resume else view.plan
         backend = open_backend(plan.device.kind)
         backend.set_threads(plan.threads)
         import torch
@@ -169,6 +170,12 @@ def survey(
 
 def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console) -> Run:
     """Train the model that is here, and leave results and report in the folder. Goes on where checkpoints are found."""
+    stop = loop.Stop()
+    with stop.listening():
+        return _fit(view, model, backend, folder, console, stop)
+
+
+def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console, stop: loop.Stop) -> Run:
     recipe, plan, data, tokenizer = view.recipe, view.plan, view.data, view.tokenizer
     source = data.source(batch_size=plan.batch_size, seed=recipe.run.seed, epochs=recipe.optim.epochs, steps=recipe.optim.steps)
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes)
@@ -204,20 +211,9 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
+    rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        with loop.Stop().listening() as stop:
-            position = loop.run(
-                engine,
-                source,
-                layout,
-                held_out,
-                loop.schedule(recipe.optim, plan.lr, source.total_steps),
-                rhythm,
-                position,
-                checkpoints,
-                watch,
-                stop,
-            )
+        position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop)
     finally:
         watch.close()
         if data.bad.rows:  # a stream meets them while training
@@ -235,6 +231,8 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
             console.print(notes[-1], markup=False)
     final = engine.evaluate(held_out) if held_out else None
     samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
+    if stop.signal is not None:
+        raise loop.stopped(stop.signal, position.step, source.total_steps, folder)
 
     _save(model, view, folder)
     run = Run(folder)
@@ -351,8 +349,11 @@ def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(base)})})
 
 
-def stored_plan(folder: Path, fresh: Plan, console: Console) -> Plan:
-    """The plan that the run began with, so that it goes on bit by bit; a new one if its device is not here."""
+def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> Plan:
+    """The plan that the run began with, so that it goes on bit by bit, but for what the recipe asks for now.
+
+    A new plan if its device is not here.
+    """
     values: Mapping[str, Any] | None = read_json(folder / PLAN)
     if values is None:
         return fresh
@@ -366,7 +367,18 @@ def stored_plan(folder: Path, fresh: Plan, console: Console) -> Plan:
             f"The run began on {stored.device}, which was not chosen here: it goes on on {fresh.device}, not bit by bit.", markup=False
         )
         return fresh
-    return stored
+    asked: dict[str, Any] = {}
+    if recipe.hardware.checkpointing != "auto":
+        asked["checkpointing"] = fresh.checkpointing
+    if recipe.hardware.threads is not None:
+        asked["threads"] = fresh.threads
+    if recipe.batch.micro_tokens != "auto":
+        asked["micro_tokens"] = fresh.micro_tokens
+    changed = {choice: value for choice, value in asked.items() if getattr(stored, choice) != value}
+    if changed:
+        said = ", ".join(f"{choice}={value}" for choice, value in changed.items())
+        console.print(f"From here on with {said}, as asked: the result is the same but for rounding, not bit by bit.", markup=False)
+    return replace(stored, **changed, reasons={**stored.reasons, **dict.fromkeys(changed, "asked for when the run was resumed")})
 
 
 def _fingerprint(recipe: Recipe, data: str) -> str:
