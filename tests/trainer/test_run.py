@@ -163,7 +163,7 @@ for word in sys.argv[2:]:
         kill_in(where, int(at or 0))
         run.train(recipe, resume=True, console=quiet()[0])
         os._exit(1)
-    print(word, os.WTERMSIG(os.waitpid(child, 0)[1]))
+    print(word, os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
