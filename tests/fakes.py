@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pantheraml.hardware.backend import MemoryUse
+from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.device import Absent, Device, Inventory
 from pantheraml.planning.shape import ModelShape
-from pantheraml.recipe.types import Kind
+from pantheraml.recipe.kinds import Kind
 
 GIB = 1 << 30
 
@@ -55,6 +55,7 @@ def h100s(count: int = 8, *, memory_gib: float = 80) -> Inventory:
 class FakeBackend:
     """A backend whose devices are described by the test and compute on the CPU."""
 
+    engine = "torch"
     collective = "gloo"
 
     def __init__(
@@ -98,7 +99,8 @@ class FakeBackend:
         return
 
     def memory(self, index: int) -> MemoryUse:
-        return MemoryUse(used_bytes=0, peak_bytes=0, free_bytes=self._devices[index].free_bytes)
+        device = self._devices[index]
+        return MemoryUse(total_bytes=device.memory_bytes, free_bytes=device.free_bytes, used_bytes=0, reserved_bytes=None, peak_bytes=0)
 
     def reset_peak(self, index: int) -> None:
         return
@@ -106,8 +108,8 @@ class FakeBackend:
     def empty_cache(self) -> None:
         return
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        return isinstance(error, MemoryError)
+    def telemetry(self, index: int) -> Telemetry:
+        return Telemetry()
 
 
 def decoder_shape(

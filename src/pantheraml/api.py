@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import DataError, PantheraError, RecipeError
 from pantheraml.recipe.load import load_recipe, recipe_from
-from pantheraml.recipe.types import Kind, LoRA, ModelSpec, Recipe
+from pantheraml.recipe.types import LoRA, ModelSpec, Recipe
 from pantheraml.trainer.run import fit, isolated, survey
 from pantheraml.trainer.run import train as train_recipe
 from pantheraml.trainer.runs import Run
@@ -144,7 +144,7 @@ class FastLanguageModel:
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        device: Literal["auto"] | Kind = "auto",
+        device: str = "auto",
         attn_implementation: str | None = None,
         seed: int = 3407,
     ) -> tuple[Any, Any]:

@@ -7,9 +7,11 @@ import psutil
 import pytest
 import torch
 
-from pantheraml.hardware.backend import BACKENDS, open_backend
+from pantheraml.hardware.backend import open_backend
 from pantheraml.hardware.cpu import CpuBackend, cpu_name, multiplies_bfloat16, usable_cores, usable_memory
 from pantheraml.hardware.device import Device
+from pantheraml.hardware.failures import classify
+from pantheraml.recipe.kinds import KINDS
 
 MIB = 1 << 20
 
@@ -71,13 +73,11 @@ def test_memory_sees_an_allocation_and_its_peak() -> None:
     assert after.free_bytes > 0
 
 
-def test_is_out_of_memory_knows_torchs_error_from_others() -> None:
-    backend = CpuBackend()
+def test_torchs_out_of_memory_is_known_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 52)
-    assert backend.is_out_of_memory(caught.value)
-    assert backend.is_out_of_memory(MemoryError())
-    assert not backend.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert classify(caught.value) == classify(MemoryError()) == "out of memory"
+    assert classify(RuntimeError("shapes do not match")) == "other"
 
 
 def test_there_is_one_cpu() -> None:
@@ -135,7 +135,7 @@ def test_cpu_name_is_the_kernels(tmp_path: Path) -> None:
 
 
 def test_every_row_of_the_table_opens_a_backend_of_its_kind() -> None:
-    for kind in BACKENDS:
+    for kind in KINDS:
         backend = open_backend(kind)
         assert backend.kind == kind
         assert backend.attention[-1] == "eager"

@@ -8,7 +8,8 @@ import torch
 from pantheraml.doctor import smoke_steps
 from pantheraml.hardware.backend import Backend, open_backend
 from pantheraml.hardware.device import Absent, Device
-from pantheraml.recipe.types import Kind
+from pantheraml.hardware.failures import classify
+from pantheraml.recipe.kinds import Kind
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
@@ -64,4 +65,4 @@ def test_running_out_of_memory_is_recognised(found: tuple[Backend, Device]) -> N
     backend, device = found
     with pytest.raises(RuntimeError) as caught:
         torch.empty(device.memory_bytes * 4, dtype=torch.uint8, device=backend.torch_device(device.index))
-    assert backend.is_out_of_memory(caught.value)
+    assert classify(caught.value) == "out of memory"

@@ -256,7 +256,11 @@ def test_broken_file_says_where_and_what_to_do(said, text, what, fix):
         ("optim.lr=", "optim.lr must be a number, 0 or more, or auto, got null", 'leave it out to have the default, "auto"'),
         ("run.name=123", "run.name must be text, or null, got 123", "put it in quotes if it is meant as text: 'run.name=\"123\"'"),
         ("model.dtype=bf16", 'model.dtype must be one of auto, float32, bfloat16, float16, got "bf16"', "did you mean bfloat16?"),
-        ("hardware.kind=gpu", 'hardware.kind must be one of auto, cpu, cuda, xpu, got "gpu"', 'leave it out to have the default, "auto"'),
+        (
+            "hardware.kind=npu",
+            'hardware.kind must be one of auto, gpu, tpu, cuda, xpu, mps, cpu, got "npu"',
+            'leave it out to have the default, "auto"',
+        ),
         ("adapter=ful", 'adapter.kind must be one of lora, full, got "ful"', "did you mean full?"),
         ("data.packing=true", "data.packing must be one of auto, on, off, got true", "did you mean on?"),
         ("data.shuffle=no", 'data.shuffle must be true or false, got "no"', "write data.shuffle=false"),

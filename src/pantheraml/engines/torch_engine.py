@@ -14,6 +14,8 @@ from pantheraml.data.pack import MicroBatch, StepBatch
 from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.backend import Backend
+from pantheraml.hardware.failures import classify
+from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import OptimSpec
 
@@ -166,7 +168,7 @@ class TorchEngine:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if self._backend.is_out_of_memory(error):
+            if classify(error) == "out of memory":
                 raise self._out_of_memory(doing) from error
             raise
 
@@ -183,7 +185,7 @@ class TorchEngine:
             else f"set model.max_tokens below {plan.row_tokens[-1]}, or choose a smaller model"
         )
         return DeviceError(
-            f"out of memory in {doing}: {use.used_bytes / 2**30:.1f} GiB in use, {use.free_bytes / 2**30:.1f} GiB free on {plan.device}",
+            f"out of memory in {doing}: {format_bytes(use.used_bytes)} in use, {format_bytes(use.free_bytes)} free on {plan.device}",
             why=f"a micro-batch of {plan.micro_tokens} tokens needs more; the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB",
             fix=fix,
         )

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from pantheraml.hardware.device import Absent, Device
-from pantheraml.recipe.types import Kind
+from pantheraml.recipe.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     import torch
@@ -16,19 +16,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes: used by this process now, at its peak since `reset_peak`, and free on the device."""
+    """Bytes on one device; the same keys for every kind, None where the driver does not tell.
 
-    used_bytes: int
-    peak_bytes: int
-    free_bytes: int
+    Attributes:
+        total_bytes: all that this process could ever have. free_bytes: what is left of it now, for anybody.
+        used_bytes: held by this process's tensors; on a CPU, by the process.
+        reserved_bytes: taken from the driver by this process's allocator, `used_bytes` included.
+        peak_bytes: the most that `used_bytes` was since `reset_peak`.
+    """
+
+    total_bytes: int | None
+    free_bytes: int | None
+    used_bytes: int | None
+    reserved_bytes: int | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """What a driver tells of a device at this moment; None where it does not.
+
+    Attributes:
+        utilization: share of the last moments in which the device was busy, 0 to 1.
+        temperature_c: of the chip, in degrees Celsius. power_w: drawn now, in watts.
+    """
+
+    utilization: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
 
 
 class Backend(Protocol):
-    """One kind of device. A new one is one file beside this and one row in `BACKENDS`."""
+    """One kind of device. A new one is one file beside this and one row in recipe/kinds.py."""
 
     kind: Kind
-    collective: str
-    """torch.distributed backend: nccl, xccl, gloo."""
+    engine: str
+    """Which engine computes training steps on it: "torch" or "xla"."""
+    collective: str | None
+    """torch.distributed backend: nccl, xccl, gloo. None: torch.distributed does not reach it."""
     static_shapes: bool
     """True: every new tensor shape costs a compilation, so batches come in few shapes."""
     attention: tuple[str, ...]
@@ -41,7 +66,7 @@ class Backend(Protocol):
         ...
 
     def torch_device(self, index: int) -> torch.device:
-        """Torch's name for it. Where the driver has a current device, this becomes it."""
+        """Torch's name for it. Where the driver has a current device, this becomes it. Raises: DeviceError if torch has none."""
         ...
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -72,21 +97,13 @@ class Backend(Protocol):
         """Give back what the allocator keeps for later, where it keeps any."""
         ...
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether this error means that the device's memory ran out."""
+    def telemetry(self, index: int) -> Telemetry:
+        """What the driver tells now. Cheap enough for every second; starts no computation."""
         ...
-
-
-BACKENDS: dict[Kind, str] = {
-    "cuda": "pantheraml.hardware.cuda:CudaBackend",
-    "xpu": "pantheraml.hardware.xpu:XpuBackend",
-    "cpu": "pantheraml.hardware.cpu:CpuBackend",
-}
-"""In the order in which `auto` prefers them."""
 
 
 def open_backend(kind: Kind) -> Backend:
     """The backend for `kind`. Imports its file, and nothing of the others."""
-    module, name = BACKENDS[kind].split(":")
+    module, name = KINDS[kind].backend.split(":")
     backend: Backend = getattr(import_module(module), name)()
     return backend

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from pantheraml.hardware.backend import MemoryUse
+from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
-from pantheraml.recipe.types import Kind
+from pantheraml.recipe.kinds import Kind
 
 _PROBE_SIZE = 768  # a few milliseconds a product
 
@@ -22,6 +22,7 @@ class CpuBackend:
     """One device, `cpu:0`, whatever the number of sockets."""
 
     kind: Kind = "cpu"
+    engine = "torch"
     collective = "gloo"
     static_shapes = False
     attention = ("sdpa", "eager")
@@ -71,7 +72,8 @@ class CpuBackend:
     def memory(self, index: int) -> MemoryUse:
         """Resident memory of this process, and what it may still take."""
         used = psutil.Process().memory_info().rss
-        return MemoryUse(used_bytes=used, peak_bytes=max(used, _peak_resident()), free_bytes=usable_memory()[1])
+        total, free = usable_memory()
+        return MemoryUse(total_bytes=total, free_bytes=free, used_bytes=used, reserved_bytes=None, peak_bytes=max(used, _peak_resident()))
 
     def reset_peak(self, index: int) -> None:
         """Start the peak anew. Where the kernel does not allow it, the peak stays that of the whole process."""
@@ -83,9 +85,9 @@ class CpuBackend:
     def empty_cache(self) -> None:
         """Nothing: the allocator keeps none that torch could return."""
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether an allocation failed. The kernel may also end the process, which nobody can catch."""
-        return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    def telemetry(self, index: int) -> Telemetry:
+        """Nothing is asked yet."""
+        return Telemetry()
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

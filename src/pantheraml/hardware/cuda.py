@@ -9,10 +9,10 @@ from importlib.util import find_spec
 
 import torch
 
-from pantheraml.hardware.backend import MemoryUse
+from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
-from pantheraml.recipe.types import Kind
+from pantheraml.recipe.kinds import Kind
 
 _PROBE_SIZE = 4096
 _CUDA_BUILD = "install the CUDA build of torch that fits the driver, as the installation page of PyTorch says"
@@ -22,6 +22,7 @@ class CudaBackend:
     """GPUs that torch reaches through CUDA or ROCm."""
 
     kind: Kind = "cuda"
+    engine = "torch"
     collective = "nccl"
     static_shapes = False
     quantizers = ("nf4",)
@@ -95,10 +96,13 @@ class CudaBackend:
 
     def memory(self, index: int) -> MemoryUse:
         """What torch's tensors hold, held at most, and what the driver has left."""
+        free, total = torch.cuda.mem_get_info(index)
         return MemoryUse(
+            total_bytes=total,
+            free_bytes=free,
             used_bytes=torch.cuda.memory_allocated(index),
+            reserved_bytes=torch.cuda.memory_reserved(index),
             peak_bytes=torch.cuda.max_memory_allocated(index),
-            free_bytes=torch.cuda.mem_get_info(index)[0],
         )
 
     def reset_peak(self, index: int) -> None:
@@ -109,9 +113,9 @@ class CudaBackend:
         """Give cached blocks back to the driver."""
         torch.cuda.empty_cache()
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether the GPU's memory ran out."""
-        return isinstance(error, torch.OutOfMemoryError)
+    def telemetry(self, index: int) -> Telemetry:
+        """Nothing is asked yet."""
+        return Telemetry()
 
 
 def _why_not() -> str:

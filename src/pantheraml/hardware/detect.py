@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pantheraml.hardware.backend import BACKENDS, open_backend
+from pantheraml.hardware.backend import open_backend
 from pantheraml.hardware.device import Absent, Device, Inventory
-from pantheraml.recipe.types import Kind
+from pantheraml.recipe.kinds import KINDS, Kind
 
 
 def detect(kinds: Iterable[Kind] | None = None) -> Inventory:
     """Ask the given kinds (default: all) in the order of preference. Takes about a second, most of it torch's import."""
-    wanted = set(BACKENDS if kinds is None else kinds)
+    wanted = set(KINDS if kinds is None else kinds)
     devices: list[Device] = []
     absent: list[Absent] = []
-    for kind in BACKENDS:
+    for kind in KINDS:
         if kind not in wanted:
             continue
         try:

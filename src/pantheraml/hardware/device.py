@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
 
-from pantheraml.recipe.types import Kind
+from pantheraml.errors import DeviceError
+from pantheraml.recipe.kinds import KINDS, Kind
+
+if TYPE_CHECKING:
+
+    class DeviceType(Enum):
+        """Kinds of device: `DeviceType.CUDA.value` is "cuda"."""
+
+else:
+    DeviceType = Enum("DeviceType", {kind.upper(): kind for kind in KINDS}, module=__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,9 +26,13 @@ class Device:
         kind, index: how it is addressed; ``str(device)`` is ``kind:index``.
         name: as the driver or the operating system reports it.
         memory_bytes: all of it. free_bytes: what was free when it was probed.
-        dtypes: names of the dtypes that train well here, fastest first ("bfloat16", "float32").
+        dtypes: names of the dtypes that train well here, fastest first ("bfloat16", "float32"). Empty: it answers, but
+            no engine of ours trains on it yet.
         peak_flops: FLOP/s measured by a matrix product in the first of `dtypes`; None if not measured.
-        simulated: True for a stand-in (tests), which every report must say.
+        capability: what programs are compiled for: "9.0" on CUDA, "gfx942" on ROCm, "v5e" for a TPU.
+        cores: compute units as the vendor counts them (multiprocessors, cores).
+        topology: how the chips of a TPU slice are connected ("2x4").
+        simulated: True for a stand-in (tests, XLA on a CPU), which every report must say.
     """
 
     kind: Kind
@@ -27,19 +42,44 @@ class Device:
     free_bytes: int
     dtypes: tuple[str, ...]
     peak_flops: float | None = None
+    capability: str | None = None
+    cores: int | None = None
+    topology: str | None = None
     simulated: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.index}"
 
+    @property
+    def device_type(self) -> DeviceType:
+        """The kind as an enum, for programs that compare."""
+        return DeviceType(self.kind)
+
+    @property
+    def label(self) -> str:
+        """The name, and that it is simulated if it is: what a report shows."""
+        return f"{self.name} (simulated)" if self.simulated else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A device that a driver lists but that cannot be used from here; what the driver does not tell is None."""
+
+    index: int
+    name: str
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+    capability: str | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Absent:
-    """Why a kind of device is not here, and the one thing that would bring it."""
+    """Why a kind of device is not here, the one thing that would bring it, and what its driver lists all the same."""
 
     kind: Kind
     why: str
     fix: str
+    seen: tuple[Seen, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +88,15 @@ class Inventory:
 
     devices: tuple[Device, ...]
     absent: tuple[Absent, ...] = ()
+
+
+def parse_device(word: str) -> tuple[str, int | None]:
+    """`cuda:1` is ("cuda", 1), `cuda` is ("cuda", None). Raises: DeviceError if it is neither."""
+    kind, colon, index = word.strip().lower().partition(":")
+    if kind not in ("auto", "gpu", *KINDS) or (colon and not index.isdecimal()) or (colon and kind == "auto"):
+        raise DeviceError(
+            f"{word!r} is no name of a device",
+            why=f"a name is auto, gpu, or one of {', '.join(KINDS)}, the last with an index if you like (cuda:1)",
+            fix="run pantheraml devices to see what is here",
+        )
+    return kind, int(index) if colon else None

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pantheraml.hardware.backend import MemoryUse
+from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
-from pantheraml.recipe.types import Kind
+from pantheraml.recipe.kinds import Kind
 
 _PROBE_SIZE = 4096
 
@@ -18,6 +18,7 @@ class XpuBackend:
     """GPUs that torch reaches through Intel's Level Zero."""
 
     kind: Kind = "xpu"
+    engine = "torch"
     collective = "xccl"
     static_shapes = False
     attention = ("sdpa", "eager")
@@ -82,10 +83,13 @@ class XpuBackend:
 
     def memory(self, index: int) -> MemoryUse:
         """What torch's tensors hold, held at most, and what the driver has left."""
+        free, total = torch.xpu.mem_get_info(index)
         return MemoryUse(
+            total_bytes=total,
+            free_bytes=free,
             used_bytes=torch.xpu.memory_allocated(index),
+            reserved_bytes=torch.xpu.memory_reserved(index),
             peak_bytes=torch.xpu.max_memory_allocated(index),
-            free_bytes=torch.xpu.mem_get_info(index)[0],
         )
 
     def reset_peak(self, index: int) -> None:
@@ -96,6 +100,6 @@ class XpuBackend:
         """Give cached blocks back to the driver."""
         torch.xpu.empty_cache()
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether the GPU's memory ran out."""
-        return isinstance(error, torch.OutOfMemoryError)
+    def telemetry(self, index: int) -> Telemetry:
+        """Nothing is asked yet."""
+        return Telemetry()

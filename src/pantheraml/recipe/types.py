@@ -7,11 +7,17 @@ The description of each field is what `pantheraml recipe explain` prints.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Kind = Literal["cpu", "cuda", "xpu"]
+from pantheraml.recipe.kinds import KINDS
+
+if TYPE_CHECKING:
+    AskedKind = str
+else:
+    AskedKind = Literal["auto", "gpu", *KINDS]  # made from the table, so that a new device is one row
+
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 Reporter = Literal["tensorboard", "trackio", "wandb"]
@@ -143,14 +149,28 @@ class EvalSpec(_Part):
 
 
 class HardwareAsk(_Part):
-    """Where to run."""
+    """Where to run. What is not said here, the environment may say; see hardware/settings.py."""
 
-    kind: Literal["auto", "cpu", "cuda", "xpu"] = Field(default="auto", description="auto: the first of CUDA, XPU, CPU that answers.")
+    kind: AskedKind = Field(default="auto", description="auto: the first of TPU, CUDA, XPU, MPS, CPU that answers. gpu: the first GPU.")
     index: int = Field(default=0, ge=0, description="Which of them.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads. Default: all cores this process may use.")
     checkpointing: Literal["auto", "on", "off"] = Field(
         default="auto", description="Recompute activations to save memory. auto: only where it would not fit otherwise."
     )
+    allow_cpu: bool = Field(default=True, description="auto may take the CPU. Off: a machine without an accelerator is an error.")
+    allow_tpu: bool = Field(default=True, description="auto may take a TPU.")
+    simulate_tpu: bool = Field(default=False, description="Treat XLA on the CPU as a TPU, for trying things out; every report says so.")
+    oom_retries: int = Field(
+        default=6, ge=0, description="When memory runs out, go on with half of the micro-batch, at most so often. 0: stop."
+    )
+    usd_per_hour: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="What an hour of the device costs, in US dollars. Default: the catalog's price, where it has one."
+    )
+    tpu_batch_factor: int = Field(
+        default=128, gt=0, description="Batch on a TPU for a base batch of 1, where DeviceManager.get_batch_config knows no model."
+    )
+    gpu_batch_factor: int = Field(default=4, gt=0, description="The same for a GPU.")
+    cpu_batch_factor: int = Field(default=1, gt=0, description="The same for a CPU.")
 
 
 class RunSpec(_Part):

@@ -63,7 +63,7 @@ class Watch:
         *,
         total: int,
         start: int,
-        memory_bytes: Callable[[], int],
+        memory_bytes: Callable[[], int | None],
         reporters: Sequence[Reporter] = (),
     ) -> None:
         self._console, self._total, self._memory_bytes, self._reporters = console, total, memory_bytes, reporters

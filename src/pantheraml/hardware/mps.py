@@ -1,0 +1,1 @@
+"""Apple's GPUs through Metal. The only file that spells torch.mps."""

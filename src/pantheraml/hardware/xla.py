@@ -1,0 +1,1 @@
+"""TPUs, through XLA. The only file of this room that imports jax."""

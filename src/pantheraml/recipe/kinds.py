@@ -1,0 +1,32 @@
+"""The kinds of device that can be asked for. A new one is one row here, and one file in hardware/."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Kind = str
+"""A key of KINDS."""
+
+
+class Row(NamedTuple):
+    """Where a kind is written (module:class), and what people call it."""
+
+    backend: str
+    family: Literal["tpu", "gpu", "cpu"]
+
+
+KINDS: dict[Kind, Row] = {
+    "tpu": Row("pantheraml.hardware.xla:XlaBackend", "tpu"),
+    "cuda": Row("pantheraml.hardware.cuda:CudaBackend", "gpu"),
+    "xpu": Row("pantheraml.hardware.xpu:XpuBackend", "gpu"),
+    "mps": Row("pantheraml.hardware.mps:MpsBackend", "gpu"),
+    "cpu": Row("pantheraml.hardware.cpu:CpuBackend", "cpu"),
+}
+"""In the order in which `auto` prefers them."""
+
+
+def kinds_meant(word: str) -> tuple[Kind, ...]:
+    """The kinds that a word stands for, best first: `auto` all, `gpu` every GPU, and each kind itself."""
+    if word == "auto":
+        return tuple(KINDS)
+    return tuple(kind for kind, row in KINDS.items() if kind == word or row.family == word)
