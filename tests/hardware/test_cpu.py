@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import os
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from pantheraml.hardware.backend import open_backend
-from pantheraml.hardware.cpu import CpuBackend, cpu_name, multiplies_bfloat16, usable_cores, usable_memory
+from pantheraml.hardware.cpu import CpuBackend, busy_share, cpu_name, hottest, multiplies_bfloat16, usable_cores, usable_memory
 from pantheraml.hardware.device import Device
 from pantheraml.hardware.failures import classify
+from pantheraml.hardware.sensors import PowerMeter, intel_energy_uj, intel_gpus, intel_temperature_c, package_energy
 from pantheraml.recipe.kinds import KINDS
 
 MIB = 1 << 20
@@ -155,3 +158,103 @@ def test_bfloat16_is_first_where_the_processor_multiplies_it(tmp_path, line: str
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert multiplies_bfloat16(tmp_path / "cpuinfo") is native
     assert multiplies_bfloat16(tmp_path / "none") is False
+
+
+# ---- Telemetry ---------------------------------------------------------------------------------------------------
+
+Times = namedtuple("Times", "user nice system idle iowait irq softirq steal guest guest_nice")  # as /proc/stat has them
+Sensor = namedtuple("Sensor", "label current high critical")  # as psutil has them
+
+
+def test_the_busy_share_is_what_was_neither_idle_nor_waiting_for_disks():
+    before = Times(100, 0, 50, 800, 50, 0, 0, 0, 40, 0)
+    # 10 s of four cores: 20 s of programs (5 of them in a guest, counted twice by the kernel), 4 s kernel, 12 s idle, 4 s waiting.
+    assert busy_share(before, Times(120, 0, 54, 812, 54, 0, 0, 0, 45, 0)) == pytest.approx(24 / 40)
+    assert busy_share(before, before) is None
+    assert busy_share(before, before._replace(user=130, idle=799)) == 1.0  # a core was switched off
+    mac = namedtuple("Times", "user nice system idle")
+    assert busy_share(mac(1, 0, 1, 2), mac(2, 0, 2, 6)) == pytest.approx(2 / 6)
+
+
+def test_the_load_is_unknown_at_the_first_call_and_known_from_then_on():
+    backend, before = CpuBackend(), sum(psutil.cpu_times())
+    assert backend.telemetry(0).utilization is None
+    while sum(psutil.cpu_times()) - before < 0.5:
+        sum(range(10_000))
+    share = backend.telemetry(0).utilization
+    assert share is not None and 0 < share <= 1
+
+
+def test_the_temperature_is_that_of_the_processors_hottest_part():
+    intel = {
+        "coretemp": [Sensor("Package id 0", 61.0, 100.0, 100.0), Sensor("Core 0", 63.0, 100.0, 100.0)],
+        "nvme": [Sensor("", 80.0, None, None)],
+    }
+    assert hottest(intel) == 63.0
+    assert hottest({"k10temp": [Sensor("Tctl", 75.0, None, None), Sensor("Tdie", 48.0, None, None)]}) == 48.0
+    assert hottest({"k10temp": [Sensor("Tctl", 75.0, None, None)]}) == 75.0
+    assert hottest({"coretemp": [Sensor("Core 0", None, None, None)], "nvme": [Sensor("", 80.0, None, None)]}) is None
+    assert hottest({}) is None
+
+
+def test_power_is_energy_over_time_between_two_readings():
+    meter = PowerMeter()
+    assert meter.watts(5_000_000, 10.0) is None
+    assert meter.watts(305_000_000, 12.0) == 150.0
+    assert meter.watts(305_000_000, 12.0) is None  # no time has passed
+    assert meter.watts(1_000, 14.0) is None  # the counter began anew
+    assert meter.watts(8_001_000, 16.0) == 4.0
+    assert meter.watts(None, 18.0) is None
+    assert meter.watts(9_000_000, 20.0) is None
+
+
+def test_the_energy_of_all_packages_or_none(tmp_path: Path):
+    for name, label, energy in [("intel-rapl:0", "package-0", 7), ("intel-rapl:1", "package-1", 5), ("intel-rapl:2", "psys", 900)]:
+        write(tmp_path / name, name=label, energy_uj=str(energy))
+    write(tmp_path / "intel-rapl:0:0", name="core", energy_uj="3")
+    write(tmp_path / "intel-rapl-mmio:0", name="package-0", energy_uj="7")
+    assert package_energy(tmp_path) == 12
+    (tmp_path / "intel-rapl:1/energy_uj").unlink()  # what may not be read looks the same
+    assert package_energy(tmp_path) is None
+    assert package_energy(tmp_path / "no such folder") is None
+
+
+def intel_card(drm: Path, number: int, driver: str, device: str, **files: str) -> Path:
+    """As the kernel lays it out: card0/device is the PCI device, its sensors are in hwmon/hwmonN."""
+    write(drm / f"card{number}/device", vendor="0x8086\n", device=f"{device}\n")
+    write(drm / f"card{number}-DP-1", status="connected\n")
+    hwmon = drm / f"card{number}/device/hwmon/hwmon{number + 3}"
+    write(hwmon, name=f"{driver}\n", **files)
+    return hwmon
+
+
+def test_intels_sensors_are_found_by_the_pci_id(tmp_path: Path):
+    b580 = intel_card(
+        tmp_path, 1, "xe", "0xe20b", temp2_input="54000\n", temp3_input="62000\n", energy1_input="123456\n", energy2_input="99\n"
+    )
+    a770 = intel_card(tmp_path, 0, "i915", "0x56a0", temp1_input="41000\n", energy1_input="42\n")
+    write(tmp_path / "card2/device", vendor="0x10de\n", device="0xe20b\n")
+    assert intel_gpus(0xE20B, tmp_path) == (b580,) and intel_gpus(0x56A0, tmp_path) == (a770,)
+    assert (intel_temperature_c(b580), intel_energy_uj(b580)) == (54.0, 123456)
+    assert (intel_temperature_c(a770), intel_energy_uj(a770)) == (41.0, 42)
+    other = intel_card(tmp_path, 3, "xe", "0xe20b", energy2_input="7\n")
+    assert intel_gpus(0xE20B, tmp_path) == (b580, other)  # two alike: who is who is not known
+    assert (intel_temperature_c(other), intel_energy_uj(other)) == (None, 7)
+
+
+@pytest.mark.parametrize(("devices", "known"), [([0xE20B], True), ([0xE20B, 0xE20B], False), ([0xE20B, 0x56A0], True), ([0x7D55], False)])
+def test_an_intel_gpu_is_watched_where_its_sensors_are_surely_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices, known: bool
+):
+    from pantheraml.hardware import xpu
+
+    card = intel_card(tmp_path, 0, "xe", "0xe20b", temp2_input="54000\n", energy1_input="1000000\n")
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: SimpleNamespace(device_id=devices[index]))
+    monkeypatch.setattr(xpu, "intel_gpus", lambda device_id: intel_gpus(device_id, tmp_path))
+    backend = xpu.XpuBackend()
+    first = backend.telemetry(0)
+    assert (first.temperature_c, first.power_w, first.utilization) == (54.0 if known else None, None, None)
+    (card / "energy1_input").write_text("2000000\n")
+    watts = backend.telemetry(0).power_w
+    assert watts is None if not known else watts is not None and watts > 0

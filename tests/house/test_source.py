@@ -142,7 +142,7 @@ def device_names(module: ast.Module) -> list[str]:
     return [
         f"line {node.lineno}: {node.value!r}"
         for node in ast.walk(module)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"(cuda|xpu|cpu)(:\d+)?", node.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"(cuda|xpu|mps|cpu)(:\d+)?", node.value)
     ]
 
 
@@ -193,6 +193,7 @@ def test_nothing_runs_code_from_data(name):
         (wordless_errors, "raise MissingExtra('a', needed_for='b')"),
         (wordless_errors, "raise DataError('what', why='x', fix='y' if a else '')"),
         (device_names, "device = 'cuda:0'"),
+        (device_names, "device = 'mps'"),
         (device_names, "match kind:\n    case 'xpu': ..."),
         (runners_of_code, "import pickle"),
         (runners_of_code, "eval('1')"),

@@ -82,6 +82,7 @@ def test_import_linter_refuses(copy, name, text, said):
     ("line", "rule"),
     [
         ("import torch\n\ntorch.cuda.is_available()\n", "TID251"),
+        ("import torch\n\ntorch.mps.synchronize()\n", "TID251"),
         ("from torch import xpu\n\nxpu.is_available()\n", "TID251"),
         ("import os\n\nos.environ['A'] = 'b'\n", "TID251"),
         ("import torch\n\ntorch.load('a.bin')\n", "TID251"),
@@ -98,7 +99,7 @@ def test_ruff_refuses(copy, line, rule):
 
 
 def test_ruff_lets_a_device_spell_its_own_name(copy):
-    for kind in ("cuda", "xpu"):
+    for kind in ("cuda", "xpu", "mps"):
         path = copy / "src" / "pantheraml" / "hardware" / f"{kind}.py"
         path.write_text(f'"""Planted."""\n\nimport torch\n\nAVAILABLE = torch.{kind}.is_available()\n')
         done = tool(copy, "ruff", "check", "--no-cache", "--output-format", "concise", str(path))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.device import Absent, Device
+from pantheraml.hardware.sensors import PowerMeter, package_energy
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.kinds import Kind
 
@@ -27,6 +31,10 @@ class CpuBackend:
     static_shapes = False
     attention = ("sdpa", "eager")
     quantizers = ("nf4",)
+
+    def __init__(self) -> None:
+        self._times: Any = None
+        self._power = PowerMeter()
 
     def probe(self) -> tuple[Device, ...] | Absent:
         """bfloat16 is named first where the processor multiplies it; the speed is that of a product (0.1 s).
@@ -44,6 +52,7 @@ class CpuBackend:
             free_bytes=free,
             dtypes=("bfloat16", "float32") if low_first else ("float32", "bfloat16"),
             peak_flops=matmul_flops(seconds, _PROBE_SIZE),
+            cores=usable_cores(),
         )
         return (device,)
 
@@ -86,8 +95,48 @@ class CpuBackend:
         """Nothing: the allocator keeps none that torch could return."""
 
     def telemetry(self, index: int) -> Telemetry:
-        """Nothing is asked yet."""
-        return Telemetry()
+        """Of the whole machine, not of this process. Utilization and power are means since the last call, and unknown at the first."""
+        before, self._times = self._times, psutil.cpu_times()
+        return Telemetry(
+            utilization=None if before is None else busy_share(before, self._times),
+            temperature_c=_temperature(),
+            power_w=self._power.watts(package_energy(), time.monotonic()),
+        )
+
+
+def busy_share(before: Any, after: Any) -> float | None:
+    """Share of the cores' time between two psutil.cpu_times() in which they worked, 0 to 1. None if no time has passed.
+
+    Waiting for disks is not work. Linux counts the time of guests in user and nice as well.
+    """
+
+    def total_and_idle(times: Any) -> tuple[float, float]:
+        doubled = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        return sum(times) - doubled, times.idle + getattr(times, "iowait", 0.0)
+
+    (total_before, idle_before), (total, idle) = total_and_idle(before), total_and_idle(after)
+    passed = total - total_before
+    # A counter may go back a little when a core is switched off.
+    return min(1.0, max(0.0, 1 - (idle - idle_before) / passed)) if passed > 0 else None
+
+
+def hottest(sensors: Mapping[str, Sequence[Any]]) -> float | None:
+    """Degrees Celsius of the hottest part of the processor among psutil's sensors; None if none is the processor's."""
+    for chip in ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal"):
+        # Tctl is Tdie with something added, made for fans.
+        parts = [each for each in sensors.get(chip, ()) if each.label != "Tctl"] or sensors.get(chip, ())
+        known = [float(each.current) for each in parts if each.current is not None]
+        if known:
+            return max(known)
+    return None
+
+
+def _temperature() -> float | None:
+    read = getattr(psutil, "sensors_temperatures", None)  # Linux and FreeBSD only
+    try:
+        return hottest(read()) if read else None
+    except OSError:
+        return None
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
+from pantheraml.hardware import nvidia
 from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
@@ -33,20 +36,18 @@ class CudaBackend:
     def probe(self) -> tuple[Device, ...] | Absent:
         """Multiply matrices on each GPU. An old driver, no driver and a torch without CUDA are told apart."""
         if torch.version.cuda is None and torch.version.hip is None:
-            if shutil.which("nvidia-smi"):
-                return Absent(
-                    kind="cuda", why=f"an NVIDIA driver is here, but torch {torch.__version__} was built without CUDA", fix=_CUDA_BUILD
-                )
-            return Absent(
-                kind="cuda",
-                why=f"torch {torch.__version__} was built without CUDA, and no nvidia-smi was found",
-                fix=f"with an NVIDIA GPU install its driver, then {_CUDA_BUILD}",
-            )
+            return _without_cuda(nvidia.list_cards())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the reason is asked for below
             available = torch.cuda.is_available()
         if not available:
-            return Absent(kind="cuda", why=_why_not(), fix="install or update the GPU's driver until nvidia-smi (rocm-smi) lists the GPU")
+            listing = nvidia.list_cards() if torch.version.hip is None else nvidia.Listing()
+            return Absent(
+                kind="cuda",
+                why=_why_not() + (f" (the driver lists {listing.words})" if listing.cards else ""),
+                fix="install or update the GPU's driver until nvidia-smi (rocm-smi) lists the GPU",
+                seen=listing.seen,
+            )
         return tuple(self._describe(index) for index in range(torch.cuda.device_count()))
 
     def _describe(self, index: int) -> Device:
@@ -68,6 +69,8 @@ class CudaBackend:
             free_bytes=free,
             dtypes=dtypes,
             peak_flops=matmul_flops(seconds, _PROBE_SIZE),
+            capability=_capability(properties),
+            cores=properties.multi_processor_count,
         )
 
     def torch_device(self, index: int) -> torch.device:
@@ -114,8 +117,56 @@ class CudaBackend:
         torch.cuda.empty_cache()
 
     def telemetry(self, index: int) -> Telemetry:
-        """Nothing is asked yet."""
+        """From NVIDIA's driver, the GPU found by its UUID: torch counts only those that are visible. On ROCm from AMD's library."""
+        if torch.version.hip is not None:
+            return _rocm_telemetry(index)
+        return nvidia.telemetry(str(torch.cuda.get_device_properties(index).uuid))
+
+
+def _without_cuda(listing: nvidia.Listing) -> Absent:
+    """What a torch that was built without CUDA can say: the driver, if there is one, tells what is lost."""
+    built = f"torch {torch.__version__} was built without CUDA"
+    if listing.cards:
+        return Absent(kind="cuda", why=f"the driver lists {listing.words}, but {built}", fix=_CUDA_BUILD, seen=listing.seen)
+    if listing.trouble:
+        return Absent(
+            kind="cuda",
+            why=f"{built}, and NVIDIA's driver lists no GPU: {listing.trouble}",
+            fix=f"repair the driver until nvidia-smi lists the GPU, then {_CUDA_BUILD}",
+        )
+    return Absent(
+        kind="cuda", why=f"{built}, and no NVIDIA driver was found", fix=f"with an NVIDIA GPU install its driver, then {_CUDA_BUILD}"
+    )
+
+
+def _capability(properties: Any) -> str:
+    """`9.0` for an H100; on ROCm the architecture, without the features behind it (`gfx942:sramecc+:xnack-`)."""
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"{properties.major}.{properties.minor}"
+
+
+def _rocm_telemetry(index: int) -> Telemetry:
+    """Through torch, which asks the package amdsmi; nothing without it. Not tried on a real GPU."""
+    try:
+        amdsmi: Any = import_module("amdsmi")
+    except (ImportError, KeyError, OSError):  # it looks for ROCm's folder and library while it is imported
         return Telemetry()
+
+    def told(ask: Callable[[int], object]) -> float | None:
+        try:
+            answer = ask(index)
+        except (RuntimeError, OSError, amdsmi.AmdSmiException):
+            return None
+        return float(answer) if isinstance(answer, int | float) else None  # amdsmi says "N/A" for unknown
+
+    busy = told(torch.cuda.utilization)
+    return Telemetry(
+        utilization=None if busy is None else busy / 100,
+        temperature_c=told(torch.cuda.temperature),
+        # torch turns "N/A" into 0 here; amdsmi's unit is the watt, whatever torch's page says.
+        power_w=told(torch.cuda.power_draw) or None,
+    )
 
 
 def _why_not() -> str:

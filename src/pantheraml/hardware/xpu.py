@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.device import Absent, Device
+from pantheraml.hardware.sensors import PowerMeter, intel_energy_uj, intel_gpus, intel_temperature_c
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.kinds import Kind
 
@@ -23,6 +25,9 @@ class XpuBackend:
     static_shapes = False
     attention = ("sdpa", "eager")
     quantizers = ("nf4",)
+
+    def __init__(self) -> None:
+        self._power: dict[int, PowerMeter] = {}
 
     def probe(self) -> tuple[Device, ...] | Absent:
         """Multiply matrices on each GPU. A torch without XPU and a missing driver are told apart."""
@@ -55,6 +60,8 @@ class XpuBackend:
             free_bytes=free,
             dtypes=dtypes,
             peak_flops=matmul_flops(seconds, _PROBE_SIZE),
+            # Level Zero has no number like CUDA's: the architecture is only an id, which says nothing to a reader.
+            cores=properties.gpu_subslice_count or None,  # Intel's Xe cores
         )
 
     def torch_device(self, index: int) -> torch.device:
@@ -101,5 +108,16 @@ class XpuBackend:
         torch.xpu.empty_cache()
 
     def telemetry(self, index: int) -> Telemetry:
-        """Nothing is asked yet."""
-        return Telemetry()
+        """Temperature and power from the kernel's files, where they are surely this GPU's; power from the second call on.
+
+        Torch tells the PCI device id but not the address, so of two equal cards, and of the tiles of one that are
+        counted as devices, nothing is known. The kernel counts only the time in which a GPU slept: utilization is unknown.
+        """
+        properties = [torch.xpu.get_device_properties(each) for each in range(torch.xpu.device_count())]
+        ids = [getattr(each, "device_id", None) for each in properties]  # older torch does not tell it
+        mine = ids[index]
+        folders = () if mine is None else intel_gpus(mine)
+        if len(folders) != 1 or ids.count(mine) != 1:
+            return Telemetry()
+        meter = self._power.setdefault(index, PowerMeter())
+        return Telemetry(temperature_c=intel_temperature_c(folders[0]), power_w=meter.watts(intel_energy_uj(folders[0]), time.monotonic()))

@@ -180,6 +180,9 @@ class RunSpec(_Part):
     name: str | None = Field(default=None, description="Name of the run folder. Default: from the model and the data.")
     seed: int = Field(default=3407, ge=0, description="Fixes order, initial adapter and dropout.")
     log_every: int = Field(default=10, gt=0, description="Steps between log lines. Metrics stay on the device in between.")
+    monitor_every_s: float = Field(
+        default=5.0, ge=0, description="Seconds between looks at the device's memory, load, temperature and power. 0: never."
+    )
     save_every: Annotated[int, Field(gt=0)] | Literal["auto", "end"] = Field(
         default="auto", description="Steps between checkpoints. auto: ten times a run."
     )

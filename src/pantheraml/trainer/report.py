@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pantheraml.export.safetensors import atomic_file
+from pantheraml.hardware.monitor import Monitor
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan, format_seconds
 from pantheraml.trainer.samples import Sample
@@ -25,6 +26,14 @@ def measured_beside(plan: Plan, *, peak_bytes: int | None, tokens_per_s: float |
         "tokens_per_s": {"planned": plan.cost.tokens_per_s, "measured": tokens_per_s},
         "train_s": {"planned": plan.cost.time_s, "measured": train_s},
     }
+
+
+def monitored(monitor: Monitor, *, since_step: int) -> dict[str, Any] | None:
+    """What was seen of the device while this process trained; None if it was not looked at. Values nobody tells are left out."""
+    seen = monitor.whole()
+    if not seen.samples:
+        return None
+    return {"every_s": monitor.interval_s, "samples": seen.samples, "since_step": since_step, "mean": seen.mean, "peak": seen.peak}
 
 
 def write_report(folder: Path, report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> None:
@@ -86,6 +95,7 @@ def _page(report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> str:
     lines += [f"| memory | {format_bytes(beside['memory_bytes']['planned'])} | {format_bytes(beside['memory_bytes']['measured'])} |"]
     lines += [f"| tokens/s | {_count(beside['tokens_per_s']['planned'])} | {_count(beside['tokens_per_s']['measured'])} |"]
     lines += [f"| time | {format_seconds(beside['train_s']['planned'])} | {format_seconds(beside['train_s']['measured'])} |"]
+    lines += _device_rows(report.get("monitor"))
     lines += ["", "## What ran", ""]
     lines += [
         f"- {train['steps']} steps of {train['batch_size']} examples, {train['tokens']:,} tokens; the weights are those of step {train['kept_step']}"
@@ -103,6 +113,27 @@ def _page(report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> str:
         parts = [("prompt", sample.prompt), ("expected", sample.expected), ("before", sample.before), ("after", sample.after)]
         lines += [f"- {name}: {_code(text)}" for name, text in parts if text is not None] + [""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _device_rows(seen: dict[str, Any] | None) -> list[str]:
+    """A row for each value that was known of the device."""
+    if seen is None or not seen["peak"]:
+        return []
+    rows = [
+        f"| {title} | {show(seen['mean'][name])} | {show(seen['peak'][name])} |"
+        for name, (title, show) in _DEVICE_ROWS.items()
+        if name in seen["peak"]
+    ]
+    return ["", f"| device, looked at {seen['samples']} times after step {seen['since_step']} | mean | peak |", "|---|---|---|", *rows]
+
+
+_DEVICE_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "utilization": ("utilization", lambda value: f"{value:.0%}"),
+    "temperature_c": ("temperature", lambda value: f"{value:.0f} °C"),
+    "power_w": ("power", lambda value: f"{value:.0f} W"),
+    "memory_used_bytes": ("memory used", lambda value: format_bytes(round(value))),
+    "memory_reserved_bytes": ("memory reserved", lambda value: format_bytes(round(value))),
+}
 
 
 def _cell(text: str) -> str:

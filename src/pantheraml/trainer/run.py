@@ -28,6 +28,7 @@ from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, open_backend
 from pantheraml.hardware.cpu import usable_cores
 from pantheraml.hardware.detect import detect
+from pantheraml.hardware.monitor import Monitor
 from pantheraml.hardware.select import select
 from pantheraml.kernels.table import kernel
 from pantheraml.models.adapters import attach
@@ -41,7 +42,7 @@ from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
-from pantheraml.trainer.report import REPORT, measured_beside, write_report
+from pantheraml.trainer.report import REPORT, measured_beside, monitored, write_report
 from pantheraml.trainer.runs import Run
 from pantheraml.trainer.samples import Sample, answers, ask, exact_match, read_samples, with_answers, write_samples
 from pantheraml.trainer.sft import sft_loss
@@ -200,6 +201,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         console.print(f"Going on after step {found.step} of {source.total_steps}.", markup=False)
 
     index = plan.device.index
+    monitor, monitored_from = Monitor(backend, index, recipe.run.monitor_every_s), position.step
     watch = Watch(
         folder,
         console,
@@ -207,20 +209,22 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         start=position.step,
         memory_bytes=lambda: backend.memory(index).used_bytes,
         reporters=open_reporters(recipe.run.reporters, folder, learned(recipe)),
+        monitor=monitor,
     )
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop)
+        with monitor:
+            position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop)
     finally:
         watch.close()
         if data.bad.rows:  # a stream meets them while training
             data.bad.write(folder / BAD_ROWS)
     peak_bytes = backend.memory(index).peak_bytes
 
-    notes = list(data.notes)
+    notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
     kept = position.step
     if rhythm.keep_best and position.best_step not in (None, position.step):
         try:
@@ -239,6 +243,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     report = _summary(
         view, model, position, samples, name=folder.name, kept_step=kept, final_loss=final, peak_bytes=peak_bytes, notes=notes
     )
+    report["monitor"] = monitored(monitor, since_step=monitored_from)
     exports = [run.export("merged")] if recipe.export.merged else []
     exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
     for exported in exports:
@@ -256,7 +261,7 @@ def _summary(
     name: str,
     kept_step: int,
     final_loss: float | None,
-    peak_bytes: int,
+    peak_bytes: int | None,
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """What report.json says of a run, besides its samples."""

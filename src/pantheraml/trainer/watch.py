@@ -1,4 +1,8 @@
-"""What people see while a run goes on: one line that moves on a terminal, plain lines in a file, and metrics.jsonl."""
+"""What people see while a run goes on: one line that moves on a terminal, plain lines in a file, and metrics.jsonl.
+
+A line of metrics.jsonl belongs to a "step" and has "loss" (a step, see StepRecord), "eval_loss" (an evaluation), or "device":
+means since the last log line, "device_peak" the highest values, and "device_samples" how often it was asked (see Sampled).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from rich.console import Console
 
 from pantheraml.errors import MissingExtra
 from pantheraml.export.safetensors import atomic_file
+from pantheraml.hardware.monitor import Monitor
 from pantheraml.planning.memory import format_bytes
 
 METRICS = "metrics.jsonl"
@@ -53,6 +58,7 @@ class Watch:
     Args:
         folder: of the run; metrics.jsonl is cut back to `start` steps, so that a resumed run has each step once.
         memory_bytes: what the process uses now.
+        monitor: looks at the device; what it saw since the last line is written beside the steps.
         console: where people read; a terminal gets one line that moves.
     """
 
@@ -65,8 +71,10 @@ class Watch:
         start: int,
         memory_bytes: Callable[[], int | None],
         reporters: Sequence[Reporter] = (),
+        monitor: Monitor | None = None,
     ) -> None:
         self._console, self._total, self._memory_bytes, self._reporters = console, total, memory_bytes, reporters
+        self._monitor, self._said_trouble = monitor, False
         self._path = folder / METRICS
         self._moving = False
         self._began = time.perf_counter()
@@ -89,13 +97,14 @@ class Watch:
         speed = tokens / seconds if seconds else None
         self._write([{**asdict(record), "tokens_per_s": None if speed is None else round(speed, 1)} for record in records])
         last = records[-1]
+        seen = self._device(last.step)
         labels = sum(record.labels for record in records)
         loss = sum(record.loss * record.labels for record in records) / labels if labels else math.nan
         each = seconds / len(records)
         self._per_step = each if self._per_step is None else 0.7 * self._per_step + 0.3 * each
         left = clock((self._total - last.step) * self._per_step)
         for reporter in self._reporters:
-            reporter.log(last.step, {"train/loss": loss, "train/lr": last.lr, "train/tokens_per_s": speed or math.nan})
+            reporter.log(last.step, {"train/loss": loss, "train/lr": last.lr, "train/tokens_per_s": speed or math.nan, **seen})
         width = len(str(self._total))
         line = (
             f"step {last.step:>{width}}/{self._total}  loss {loss:.4f}  lr {last.lr:.1e}  "
@@ -122,6 +131,19 @@ class Watch:
         self._settle()
         for reporter in self._reporters:
             reporter.close()
+
+    def _device(self, step: int) -> dict[str, float]:
+        """Write what was seen of the device, and say once if nothing is any more. Returns the means, as curves are called."""
+        if self._monitor is None:
+            return {}
+        if self._monitor.trouble and not self._said_trouble:
+            self._said_trouble = True
+            self.say(f"From here on {self._monitor.trouble}.", style="yellow")
+        seen = self._monitor.take()
+        if seen is None:
+            return {}
+        self._write([{"step": step, "device": seen.mean, "device_peak": seen.peak, "device_samples": seen.samples}])
+        return {f"device/{name}": value for name, value in seen.mean.items()}
 
     def _settle(self) -> None:
         if self._moving:
