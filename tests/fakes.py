@@ -63,6 +63,7 @@ class FakeBackend:
         kind: Kind = "cuda",
         *,
         count: int = 1,
+        name: str = "Fake",
         memory_bytes: int = 80 * GIB,
         dtypes: tuple[str, ...] = ("bfloat16", "float32"),
         peak_flops: float | None = None,
@@ -77,7 +78,7 @@ class FakeBackend:
         self.quantizers = quantizers
         self._absent = absent
         self._devices = tuple(
-            fake_device(kind, index, memory_bytes=memory_bytes, dtypes=dtypes, peak_flops=peak_flops) for index in range(count)
+            fake_device(kind, index, name=name, memory_bytes=memory_bytes, dtypes=dtypes, peak_flops=peak_flops) for index in range(count)
         )
 
     def probe(self) -> tuple[Device, ...] | Absent:

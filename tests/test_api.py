@@ -317,3 +317,11 @@ def test_arguments_that_cannot_be_kept_are_refused_in_words(trained):
     fresh, _ = FastLanguageModel.from_pretrained("tiny:llama", dtype="float32", device="cpu")
     with pytest.raises(RecipeError, match=r"adapter\.rank must be a whole number above 0"):
         FastLanguageModel.get_peft_model(fresh, r=0)
+    for wrong, said in (
+        ({"bf16": True}, "bf16=True, but the model was loaded to compute in float32"),
+        ({"fp16": True}, "fp16=True, but the model was loaded to compute in float32"),
+        ({"optim": "adamw_8bit"}, "optim='adamw_8bit' is not known"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            Trainer(model, tokenizer, ROWS, args=TrainingArguments(**wrong))
+    Trainer(model, tokenizer, ROWS, args=TrainingArguments(bf16=False, fp16=False, optim="adamw_torch"))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pantheraml.api import resume as resume
     from pantheraml.api import train as train
     from pantheraml.errors import PantheraError as PantheraError
+    from pantheraml.manager import DeviceManager as DeviceManager
+    from pantheraml.manager import get_device_manager as get_device_manager
     from pantheraml.recipe.types import Recipe as Recipe
     from pantheraml.trainer.runs import Run as Run
 
@@ -35,6 +37,8 @@ _HOMES = {
     "plan": "pantheraml.api",
     "resume": "pantheraml.api",
     "train": "pantheraml.api",
+    "DeviceManager": "pantheraml.manager",
+    "get_device_manager": "pantheraml.manager",
     "PantheraError": "pantheraml.errors",
     "Recipe": "pantheraml.recipe.types",
     "Run": "pantheraml.trainer.runs",

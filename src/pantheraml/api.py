@@ -161,13 +161,14 @@ class FastLanguageModel:
         import torch
 
         from pantheraml.hardware.backend import open_backend
-        from pantheraml.hardware.detect import detect
-        from pantheraml.hardware.select import select
+        from pantheraml.hardware.device import parse_device
+        from pantheraml.hardware.find import find
         from pantheraml.models.load import load_model, load_tokenizer
         from pantheraml.models.quantize import NF4, quantization
         from pantheraml.recipe.types import HardwareAsk
 
-        chosen, _ = select(detect(None if device == "auto" else {device}), HardwareAsk(kind=device))
+        kind, index = parse_device(device)
+        chosen = find(None if kind == "auto" else HardwareAsk(kind=kind, index=index or 0)).device
         backend = open_backend(chosen.kind)
         name = str(dtype).removeprefix("torch.") if dtype is not None else chosen.dtypes[0]
         arithmetic = getattr(torch, name, None)
@@ -340,6 +341,9 @@ class TrainingArguments:
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optim: str = "adamw_torch"
+    bf16: bool | None = None
+    fp16: bool | None = None
     max_length: int | None = None
     packing: bool | None = None
     assistant_only_loss: bool = True
@@ -445,6 +449,7 @@ class Trainer:
                     fix="pass warmup_ratio, or max_steps as well",
                 )
             warmup = min(args.warmup_steps / steps, 0.999)
+        _check_precision(args, origin)
         adapted = hasattr(self.model, "get_base_model")
         said: dict[str, dict[str, Any]] = {
             "model": {
@@ -491,6 +496,26 @@ class Trainer:
         for section, keys in args.recipe.items():
             said[section] = {**said.get(section, {}), **keys} if isinstance(keys, Mapping) else keys
         return recipe_from(said)
+
+
+_ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused")
+
+
+def _check_precision(args: TrainingArguments, origin: _Origin) -> None:
+    """Arguments of other trainers that name what is decided elsewhere here: they may agree, and are not overridden in silence."""
+    if args.fp16 or (args.bf16 and origin.dtype != "bfloat16"):
+        asked = "fp16" if args.fp16 else "bf16"
+        raise RecipeError(
+            f"{asked}=True, but the model was loaded to compute in {origin.dtype}",
+            why="the arithmetic is that of the model" + ("; float16 is not trained, since it overflows without loss scaling" if args.fp16 else ""),
+            fix="leave fp16 and bf16 out" + ("" if args.fp16 else ', or load the model with dtype="bfloat16"'),
+        )
+    if args.optim not in _ADAMW:
+        raise RecipeError(
+            f"optim={args.optim!r} is not known",
+            why=f"the optimizer is AdamW with float32 states: {', '.join(_ADAMW)}",
+            fix="leave optim out",
+        )
 
 
 def _adapter_of(model: Any, origin: _Origin) -> dict[str, Any]:

@@ -185,15 +185,24 @@ def export(
 
 
 @app.command()
-def devices(as_json: AsJson = False, folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs") -> None:
+def devices(
+    as_json: AsJson = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also capability, load, temperature, prices' sources, and every package.")
+    ] = False,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure a matrix product and copies on each device, and keep the figures.")
+    ] = False,
+    folder: Annotated[str, typer.Option(help="Where runs would be written.")] = "runs",
+) -> None:
     """Show what is here, what is not and why, and whether each device can train."""
     from pantheraml.doctor import report
 
-    found = report(folder)
+    found = report(folder, bench=bench)
     if as_json:
         _print_json(found.to_dict())
     else:
-        _out().print(found.render())
+        _out().print(found.render(verbose=verbose))
     if found.problems:
         raise typer.Exit(4)
 

@@ -4,47 +4,94 @@ from __future__ import annotations
 
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device, Inventory
+from pantheraml.recipe.kinds import KINDS, Kind, kinds_meant
 from pantheraml.recipe.types import HardwareAsk
 
 
-def select(inventory: Inventory, ask: HardwareAsk) -> tuple[Device, str]:
+def select(inventory: Inventory, ask: HardwareAsk, asked_by: str = "the recipe", *, training: bool = True) -> tuple[Device, str]:
     """The device, and one sentence why.
 
-    `auto` takes the first kind that answered, and says why those before it did not.
+    `auto` takes the first kind that answered and is allowed, `gpu` the first kind of GPU; both say why those before it
+    were passed over. A kind that is named is taken or refused.
+
+    Args:
+        training: pass over kinds that no engine trains on. Otherwise, what computes is enough.
     Raises: DeviceError if what was asked is not there: with what is, and how to get the other.
     """
-    if not inventory.devices:
-        asked = "" if ask.kind == "auto" else f"hardware.kind={ask.kind}, but "
-        raise DeviceError(
-            f"{asked}no device answered",
-            why="; ".join(f"{absent.kind}: {absent.why}" for absent in inventory.absent) or "nothing was asked to answer",
-            fix=(inventory.absent[0].fix if inventory.absent else "run pantheraml doctor")
-            + ("; or set hardware.kind to auto" if asked else ""),
-        )
-    kind = inventory.devices[0].kind if ask.kind == "auto" else ask.kind
-    of_kind = [device for device in inventory.devices if device.kind == kind]
-    here = ", ".join(f"{device} ({device.name})" for device in inventory.devices)
-    if not of_kind:
-        absent = next((absent for absent in inventory.absent if absent.kind == kind), None)
-        other = f"set hardware.kind to {inventory.devices[0].kind}, or auto"
-        raise DeviceError(
-            f"hardware.kind={kind}, but no {kind} device answered; here is {here}",
-            why=absent.why if absent else "it was not looked for, so nothing is known about it",
-            fix=f"{absent.fix}; or {other}" if absent else other,
-        )
+    passed: list[str] = []
+    for kind in kinds_meant(ask.kind):
+        of_kind = [device for device in inventory.devices if device.kind == kind]
+        if not of_kind:
+            passed += [f"no {absent.kind}: {absent.why}" for absent in inventory.absent if absent.kind == kind]
+        elif refusal := _refusal(kind, of_kind[0], ask, training=training):
+            passed.append(f"not {kind}: {refusal}")
+        else:
+            return _of_index(of_kind, inventory, ask), _reason(ask, asked_by, passed)
+    raise _nothing(inventory, ask, asked_by, passed)
+
+
+def _refusal(kind: Kind, device: Device, ask: HardwareAsk, *, training: bool) -> str | None:
+    """Why a kind that answers is not taken."""
+    family = KINDS[kind].family
+    if ask.kind == "auto" and family == "tpu" and not ask.allow_tpu:
+        return "allow_tpu is off"
+    if ask.kind == "auto" and family == "cpu" and not ask.allow_cpu:
+        return "allow_cpu is off"
+    if training and not device.dtypes:
+        return "it computes, but no engine of this version trains on it"
+    return None
+
+
+def _of_index(of_kind: list[Device], inventory: Inventory, ask: HardwareAsk) -> Device:
     for device in of_kind:
         if device.index == ask.index:
-            return device, _reason(inventory, ask, device)
+            return device
+    kind = of_kind[0].kind
     indices = ", ".join(str(device.index) for device in of_kind)
     raise DeviceError(
-        f"there is no {kind}:{ask.index}; here is {here}",
+        f"there is no {kind}:{ask.index}; here is {_here(inventory)}",
         why=f"hardware.index={ask.index}, and the {kind} devices that answered have index {indices}",
         fix=f"set hardware.index to {of_kind[0].index}",
     )
 
 
-def _reason(inventory: Inventory, ask: HardwareAsk, device: Device) -> str:
-    if ask.kind != "auto":
-        return "the recipe asks for it"
-    missing = "; ".join(f"no {absent.kind}: {absent.why}" for absent in inventory.absent)
-    return f"the first that answered ({missing})" if missing else "the first that answered"
+def _nothing(inventory: Inventory, ask: HardwareAsk, asked_by: str, passed: list[str]) -> DeviceError:
+    """What was asked is not there, or not allowed."""
+    by = "" if asked_by == "the recipe" else f" (asked for by {asked_by})"
+    asked = "" if ask.kind == "auto" else f"hardware.kind={ask.kind}{by}, but "
+    absent = next((absent for absent in inventory.absent if absent.kind in kinds_meant(ask.kind)), None)
+    if not inventory.devices:
+        return DeviceError(
+            f"{asked}no device answered",
+            why="; ".join(f"{absent.kind}: {absent.why}" for absent in inventory.absent) or "nothing was asked to answer",
+            fix=(absent.fix if absent else "run pantheraml doctor") + ("; or set hardware.kind to auto" if asked else ""),
+        )
+    usable = next((device for device in inventory.devices if device.dtypes), inventory.devices[0])
+    others = ", or auto" if ask.allow_cpu or KINDS[usable.kind].family != "cpu" else ""
+    other = f"set hardware.kind to {usable.kind}{others}"
+    if ask.kind == "auto":
+        return DeviceError(
+            f"no device may be used; here is {_here(inventory)}",
+            why="; ".join(passed),
+            fix=f"allow it (hardware.allow_cpu, hardware.allow_tpu, or their variables), or {other}",
+        )
+    refused = [reason for reason in passed if reason.startswith("not ")]
+    why = refused[0].partition(": ")[2] if refused else absent.why if absent else "it was not looked for, so nothing is known about it"
+    return DeviceError(
+        f"{asked}no {ask.kind} device answered; here is {_here(inventory)}"
+        if not refused
+        else f"{asked}it cannot be used; here is {_here(inventory)}",
+        why=why,
+        fix=f"{absent.fix}; or {other}" if absent and not refused else other,
+    )
+
+
+def _here(inventory: Inventory) -> str:
+    return ", ".join(f"{device} ({device.label})" for device in inventory.devices)
+
+
+def _reason(ask: HardwareAsk, asked_by: str, passed: list[str]) -> str:
+    if ask.kind not in ("auto", "gpu"):
+        return f"{asked_by} asks for it"
+    first = "the first that answered" if ask.kind == "auto" else f"the first GPU that answered, as {asked_by} asks"
+    return f"{first} ({'; '.join(passed)})" if passed else first

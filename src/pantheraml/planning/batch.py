@@ -61,6 +61,17 @@ def row_lengths(max_tokens: int, longest_example: int | None = None) -> tuple[in
     return tuple(lengths[-MOST_LENGTHS:])
 
 
+def rows_that_fit(need: Callable[[int], int], budget_bytes: int, *, most: int = 1 << 20) -> int:
+    """The most rows for which need(rows) bytes are within the budget; 0 if not even one is. `need` must not fall as rows rise."""
+    fits, fails = 0, 1
+    while fails <= most and need(fails) <= budget_bytes:
+        fits, fails = fails, fails * 2
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if need(middle) <= budget_bytes else (fits, middle)
+    return min(fits, most)
+
+
 def choose_micro_tokens(
     estimate: Estimate,
     *,

@@ -14,12 +14,18 @@ which the run's report sets beside what it measured. LoRA on stock transformers 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostEstimate:
-    """Expected work. Seconds are None where the device's speed is unknown."""
+    """Expected work. Seconds are None where the device's speed is unknown, dollars where its price is too."""
 
     flops_per_token: float
     tokens_per_s: float | None
     total_tokens: int | None
     time_s: float | None
+    usd_per_hour: float | None = None
+
+    @property
+    def usd(self) -> float | None:
+        """US dollars for the whole run."""
+        return None if self.usd_per_hour is None or self.time_s is None else self.usd_per_hour * self.time_s / 3600
 
 
 def flops_per_token(shape: ModelShape, *, row_tokens: int, checkpointing: bool, lora_rank: int | None) -> float:
@@ -45,14 +51,17 @@ def estimate_cost(
     lora_rank: int | None,
     peak_flops: float | None,
     total_tokens: int | None,
+    usd_per_hour: float | None = None,
 ) -> CostEstimate:
     """Time from the measured speed of a matrix product times UTILISATION; None where either part is unknown.
 
     Args:
         row_tokens: length of the rows that attention runs over. peak_flops: of the dtype in use, FLOP/s.
-        total_tokens: tokens in the whole run, all epochs.
+        total_tokens: tokens in the whole run, all epochs. usd_per_hour: of the device.
     """
     flops = flops_per_token(shape, row_tokens=row_tokens, checkpointing=checkpointing, lora_rank=lora_rank)
     tokens_per_s = None if peak_flops is None else peak_flops * UTILISATION / flops
     time_s = None if tokens_per_s is None or total_tokens is None else total_tokens / tokens_per_s
-    return CostEstimate(flops_per_token=flops, tokens_per_s=tokens_per_s, total_tokens=total_tokens, time_s=time_s)
+    return CostEstimate(
+        flops_per_token=flops, tokens_per_s=tokens_per_s, total_tokens=total_tokens, time_s=time_s, usd_per_hour=usd_per_hour
+    )

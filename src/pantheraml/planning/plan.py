@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device, Inventory
+from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, round_lengths, row_lengths
 from pantheraml.planning.cost import CostEstimate, estimate_cost
@@ -78,11 +79,10 @@ class Plan:
     def lines(self) -> list[tuple[str, str, str]]:
         """(choice, value, reason) for a person, in the order in which the choices are made."""
         memory, cost = self.memory, self.cost
-        simulated = " (simulated)" if self.device.simulated else ""
         speed = "unknown" if cost.tokens_per_s is None else f"about {cost.tokens_per_s:,.0f} tokens/s"
         rows = " ".join(str(length) for length in self.row_tokens)
         values = {
-            "device": f"{self.device} {self.device.name}, {format_bytes(self.device.free_bytes)} free{simulated}",
+            "device": f"{self.device} {self.device.label}, {format_bytes(self.device.free_bytes)} free",
             "dtype": self.dtype,
             "base_dtype": self.quantizer or self.base_dtype,
             "attention": self.attention,
@@ -96,6 +96,7 @@ class Plan:
             "memory": f"about {format_bytes(memory.total_bytes)}",
             "speed": speed,
             "time": format_seconds(cost.time_s),
+            "price": format_dollars(cost.usd),
         }
         return [(choice, value, self.reasons.get(choice, "")) for choice, value in values.items()]
 
@@ -110,6 +111,13 @@ def format_seconds(time_s: float | None) -> str:
     return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
 
 
+def format_dollars(usd: float | None) -> str:
+    """`$1.50`, `$0.0031`; None is `unknown`."""
+    if usd is None:
+        return "unknown"
+    return f"${usd:.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}"
+
+
 def make_plan(
     recipe: Recipe,
     inventory: Inventory,
@@ -121,6 +129,7 @@ def make_plan(
     attention: tuple[str, ...] = ("sdpa", "eager"),
     quantizers: tuple[str, ...] = (),
     available_threads: int | None = None,
+    asked_by: str = "the recipe",
 ) -> Plan:
     """Make every open choice of the recipe, for this machine and this model.
 
@@ -129,12 +138,13 @@ def make_plan(
         longest_example: in tokens, after max_tokens; None if not known.
         attention, quantizers: what the device's backend offers, best first.
         available_threads: cores this process may use; None if not asked.
+        asked_by: who named the device, where it was not the recipe.
     Raises:
         DeviceError: the device is not there, cannot do what was asked, or has too little memory.
         RecipeError: the recipe asks for what the model cannot do.
     """
     reasons: dict[str, str] = {}
-    device, reasons["device"] = select(inventory, recipe.hardware)
+    device, reasons["device"] = select(inventory, recipe.hardware, asked_by)
     lora = recipe.adapter if isinstance(recipe.adapter, LoRA) else None
     rank = lora.rank if lora else None
 
@@ -168,6 +178,7 @@ def make_plan(
     reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.checkpointing_reason
     lr, reasons["lr"] = _lr(recipe, lora is not None)
 
+    price = price_of(device, recipe.hardware.usd_per_hour)
     cost = estimate_cost(
         shape,
         row_tokens=row_tokens[-1],
@@ -175,6 +186,7 @@ def make_plan(
         lora_rank=rank,
         peak_flops=device.peak_flops if dtype == device.dtypes[0] else None,
         total_tokens=_total_tokens(recipe, train_tokens, train_rows),
+        usd_per_hour=price.usd_per_hour,
     )
     memory = micro.memory
     reasons["memory"] = (
@@ -191,6 +203,7 @@ def make_plan(
     reasons["time"] = (
         "for the whole run, without loading and evaluation" if cost.time_s is not None else "the speed or the data is not known yet"
     )
+    reasons["price"] = price.source if price.usd_per_hour is None else f"${price.usd_per_hour:.2f} an hour ({price.source})"
 
     return Plan(
         device=device,

@@ -1,0 +1,43 @@
+"""The one way to a device: what was asked, what the environment says, and what answers here, brought together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pantheraml.hardware.detect import detect
+from pantheraml.hardware.device import Device, Inventory
+from pantheraml.hardware.select import select
+from pantheraml.hardware.settings import read_settings
+from pantheraml.recipe.kinds import kinds_meant
+from pantheraml.recipe.types import HardwareAsk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A device, and how it was come by.
+
+    Attributes:
+        ask: what was asked, with the environment where that left something open; asked_by: who named the device.
+        inventory: everything that was looked for. why: one sentence.
+    """
+
+    device: Device
+    why: str
+    ask: HardwareAsk
+    asked_by: str
+    inventory: Inventory
+
+
+def find(ask: HardwareAsk | None = None, *, inventory: Inventory | None = None, training: bool = True) -> Found:
+    """Look for what is asked (None: whatever the environment or `auto` gives), and choose.
+
+    Args:
+        inventory: what was found before; None: look now.
+        training: the device must be one that an engine trains on.
+    Raises: DeviceError if it is not here; RecipeError if a variable of the environment cannot be used.
+    """
+    complete, asked_by = read_settings().over(ask or HardwareAsk())
+    if inventory is None:
+        inventory = detect(kinds_meant(complete.kind), simulate_tpu=complete.simulate_tpu)
+    device, why = select(inventory, complete, asked_by, training=training)
+    return Found(device=device, why=why, ask=complete, asked_by=asked_by, inventory=inventory)

@@ -1,0 +1,71 @@
+"""What the environment says about devices, typed. An argument or a recipe that says it too wins; a default loses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pantheraml.errors import RecipeError
+from pantheraml.hardware.device import parse_device
+from pantheraml.recipe.types import HardwareAsk
+
+RECIPE = "the recipe"
+
+
+class HardwareSettings(BaseSettings):
+    """Environment variables. None: not set, so the recipe's default holds; `hardware` in a recipe has the same keys.
+
+    Attributes:
+        device: `auto`, `gpu`, a kind, or one device of it (`cuda:1`).
+        cache: folder in which measured speeds are kept.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+
+    device: str | None = Field(default=None, validation_alias=AliasChoices("PANTHERAML_DEVICE_TYPE", "COMPUTE_PREFER"))
+    allow_cpu: bool | None = Field(default=None, validation_alias="PANTHERAML_ALLOW_CPU")
+    allow_tpu: bool | None = Field(default=None, validation_alias="COMPUTE_ALLOW_TPU")
+    simulate_tpu: bool | None = Field(default=None, validation_alias="PANTHERAML_SIMULATE_TPU")
+    tpu_batch_factor: int | None = Field(default=None, gt=0, validation_alias="COMPUTE_TPU_BATCH_FACTOR")
+    gpu_batch_factor: int | None = Field(default=None, gt=0, validation_alias="COMPUTE_GPU_BATCH_FACTOR")
+    cpu_batch_factor: int | None = Field(default=None, gt=0, validation_alias="COMPUTE_CPU_BATCH_FACTOR")
+    usd_per_hour: float | None = Field(default=None, ge=0, validation_alias="COMPUTE_USD_PER_HOUR")
+    cache: Path = Field(default=Path("~/.cache/pantheraml"), validation_alias="PANTHERAML_CACHE")
+
+    def over(self, ask: HardwareAsk) -> tuple[HardwareAsk, str]:
+        """The ask with what it leaves open filled from the environment, and who asks for the device.
+
+        Raises: DeviceError if the environment names no device.
+        """
+        said: dict[str, Any] = {
+            name: value
+            for name, value in self.model_dump(exclude={"device", "cache"}).items()
+            if value is not None and name not in ask.model_fields_set
+        }
+        asked_by = RECIPE
+        if self.device is not None and "kind" not in ask.model_fields_set:
+            kind, index = parse_device(self.device)
+            said["kind"] = kind
+            if index is not None and "index" not in ask.model_fields_set:
+                said["index"] = index
+            asked_by = f"the environment ({VARIABLE}={self.device})"
+        return ask.model_copy(update=said), asked_by
+
+
+VARIABLE = "PANTHERAML_DEVICE_TYPE or COMPUTE_PREFER"
+
+
+def read_settings() -> HardwareSettings:
+    """What the environment says now. Raises: RecipeError if a variable has a value that cannot be used."""
+    try:
+        return HardwareSettings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            f"the environment variable {first['loc'][0]} is {first['input']!r}",
+            why=f"it cannot be used: {first['msg'][0].lower()}{first['msg'][1:]}",
+            fix="unset it, or give it a value of that kind",
+        ) from error

@@ -1,0 +1,144 @@
+"""Which device a piece of work goes to: by time, by money, or by both, from what is known of each. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pantheraml.errors import DeviceError
+from pantheraml.hardware.device import Device
+from pantheraml.planning.batch import HEADROOM
+from pantheraml.planning.cost import UTILISATION, flops_per_token
+from pantheraml.planning.memory import MemoryEstimate, format_bytes
+from pantheraml.planning.shape import ModelShape
+
+Objective = Literal["time", "cost", "balanced"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Work that runs on one device.
+
+    Attributes:
+        flops: floating point operations in all. memory_bytes: the most that it holds.
+        transfer_bytes: moved between ordinary memory and the device. launches: operations one after another.
+        utilization: share of a plain matrix product's speed that it reaches, 0 to 1.
+    """
+
+    flops: float
+    memory_bytes: int = 0
+    transfer_bytes: int = 0
+    launches: int = 1
+    utilization: float = 1.0
+
+    @classmethod
+    def training(
+        cls, shape: ModelShape, memory: MemoryEstimate, *, tokens: int, row_tokens: int, lora_rank: int | None, checkpointing: bool = False
+    ) -> Workload:
+        """A training run over so many tokens, at the share of speed that a step reaches with stock modules (planning/cost.py)."""
+        flops = flops_per_token(shape, row_tokens=row_tokens, checkpointing=checkpointing, lora_rank=lora_rank)
+        return cls(flops=flops * tokens, memory_bytes=memory.total_bytes, utilization=UTILISATION)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What is known of a device; None is unknown. `flops_source` and `price_source` say who says so."""
+
+    device: Device
+    flops_per_s: float | None
+    flops_source: str
+    host_bytes_per_s: float | None
+    launch_s: float | None
+    usd_per_hour: float | None
+    price_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A workload on one device; `excluded` says why it cannot or may not go there."""
+
+    device: Device
+    time_s: float | None
+    cost_usd: float | None
+    excluded: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Where the work goes and why, and how all devices compare."""
+
+    device: Device
+    time_s: float
+    cost_usd: float | None
+    why: str
+    estimates: tuple[Estimate, ...]
+
+
+def estimate(workload: Workload, profile: Profile) -> Estimate:
+    """Time and price of a workload on one device.
+
+    time = flops / (flops_per_s * utilization) + transfer_bytes / host_bytes_per_s + launches * launch_s, where parts
+    that are not known are left out; without flops_per_s the time is not known at all.
+    """
+    if profile.flops_per_s is None:
+        return Estimate(device=profile.device, time_s=None, cost_usd=None)
+    time_s = workload.flops / (profile.flops_per_s * workload.utilization)
+    if profile.host_bytes_per_s:
+        time_s += workload.transfer_bytes / profile.host_bytes_per_s
+    if profile.launch_s:
+        time_s += workload.launches * profile.launch_s
+    cost = None if profile.usd_per_hour is None else profile.usd_per_hour * time_s / 3600
+    return Estimate(device=profile.device, time_s=time_s, cost_usd=cost)
+
+
+def choose(workload: Workload, profiles: Sequence[Profile], objective: Objective = "time", budget_usd: float | None = None) -> Choice:
+    """The device for a workload.
+
+    Args:
+        objective: the least time, the least cost, or the least product of both (balanced).
+        budget_usd: no device on which the work costs more, or whose price is not known.
+    Raises: DeviceError with the reason for each device, if none is left.
+    """
+    if objective not in ("time", "cost", "balanced"):
+        raise ValueError(f"objective is time, cost or balanced, not {objective!r}")
+    estimates = tuple(_judged(workload, profile, objective, budget_usd) for profile in profiles)
+    possible = [each for each in estimates if each.excluded is None]
+    if not possible:
+        raise DeviceError(
+            "no device can take this work",
+            why="; ".join(f"{each.device}: {each.excluded}" for each in estimates) or "there are no devices",
+            fix="measure speeds with pantheraml devices --bench, give prices, raise the budget, or make the work smaller",
+        )
+
+    def score(each: Estimate) -> float:
+        time_s, cost = each.time_s or 0.0, each.cost_usd or 0.0
+        return {"time": time_s, "cost": cost, "balanced": time_s * cost}[objective]
+
+    best = min(possible, key=lambda each: (score(each), each.time_s or 0.0))
+    profile = next(profile for profile in profiles if profile.device == best.device)
+    what = {"time": "the least time", "cost": "the least cost", "balanced": "the least time multiplied by cost"}[objective]
+    of = f"of {len(possible)} devices" if len(possible) > 1 else "the only one that can take it"
+    price = f"; price: {profile.price_source}" if best.cost_usd is not None else ""
+    return Choice(
+        device=best.device,
+        time_s=best.time_s or 0.0,
+        cost_usd=best.cost_usd,
+        why=f"{what} {of}; speed: {profile.flops_source}{price}",
+        estimates=estimates,
+    )
+
+
+def _judged(workload: Workload, profile: Profile, objective: Objective, budget_usd: float | None) -> Estimate:
+    found = estimate(workload, profile)
+    room = int(profile.device.free_bytes * HEADROOM)
+    excluded = None
+    if workload.memory_bytes > room:
+        excluded = f"needs {format_bytes(workload.memory_bytes)}, and {format_bytes(room)} may be filled"
+    elif found.time_s is None:
+        excluded = f"its speed is not known ({profile.flops_source})"
+    elif found.cost_usd is None and (objective != "time" or budget_usd is not None):
+        excluded = f"its price is not known ({profile.price_source})"
+    elif found.cost_usd is not None and budget_usd is not None and found.cost_usd > budget_usd:
+        excluded = f"costs ${found.cost_usd:.4g}, over the budget of ${budget_usd:.4g}"
+    return Estimate(device=found.device, time_s=found.time_s, cost_usd=found.cost_usd, excluded=excluded)
