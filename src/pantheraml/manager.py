@@ -150,18 +150,14 @@ class DeviceManager:
 
     def barrier(self) -> None:
         """Wait for the other processes of a torch.distributed group; alone, for nobody."""
-        import torch.distributed as group
-
-        if group.is_available() and group.is_initialized():
+        if group := _process_group():
             group.barrier()
 
     def all_reduce(self, tensor: torch.Tensor, op: Literal["sum", "mean", "max", "min"] = "sum") -> torch.Tensor:
         """The sum (mean, max, min) of a tensor over all processes of a torch.distributed group, in place; alone, the tensor as it is."""
-        import torch.distributed as group
-
         if op not in ("sum", "mean", "max", "min"):
             raise ValueError(f"op is sum, mean, max or min, not {op!r}")
-        if group.is_available() and group.is_initialized():
+        if group := _process_group():
             known = {"sum": group.ReduceOp.SUM, "mean": group.ReduceOp.SUM, "max": group.ReduceOp.MAX, "min": group.ReduceOp.MIN}
             group.all_reduce(tensor, op=known[op])
             if op == "mean":  # gloo has no average
@@ -413,6 +409,14 @@ def nearest_power_of_two(number: int) -> int:
     """The power of two nearest to a number of at least 1; the larger of two that are equally near."""
     below = 2 ** int(math.log2(number))
     return below if number - below < 2 * below - number else 2 * below
+
+
+def _process_group() -> Any:
+    """torch.distributed where this process belongs to a group, else None."""
+    import torch.distributed
+
+    group: Any = torch.distributed
+    return group if group.is_available() and group.is_initialized() else None
 
 
 def _simulated(device: Device) -> str:

@@ -191,10 +191,13 @@ def test_a_half_that_is_a_device_has_half_of_everything():
     assert {dtype: rate * 2 for dtype, rate in half.flops.items()} == whole.flops
 
 
-def test_a_core_of_a_tpu_chip_finds_the_chip():
-    chip = lookup("tpu", "TPU v3", 16 * GIB)
-    assert chip is lookup("tpu", "TPU v3", 32 * GIB)
-    assert chip is not None and chip.cores == 2
+def test_a_core_of_a_tpu_chip_gets_its_share():
+    core, chip = lookup("tpu", "TPU v3", 16 * GIB), lookup("tpu", "TPU v3", 32 * GIB)
+    assert core is not None and chip is not None
+    assert (core.cores, chip.cores, core.memory_bytes) == (1, 2, 16 * GIB)
+    assert core.bandwidth_bytes_per_s == pytest.approx((chip.bandwidth_bytes_per_s or 0) / 2)
+    assert core.flops == {dtype: flops / 2 for dtype, flops in chip.flops.items()}
+    assert core.usd_per_hour == pytest.approx((chip.usd_per_hour or 0) / 2)
 
 
 # --- the figures ---

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pantheraml.recipe.kinds import Kind
@@ -25,7 +25,7 @@ class Entry:
         usd_per_hour: on demand, for one device: the price of the instance divided by its devices.
         price_source: the cloud, the instance, and where its price was read; price_date: the day that it was true.
         source: where memory, bandwidth and FLOP/s were read; date: its edition, or else the day of reading (YYYY-MM-DD).
-        cores: TensorCores of a TPU chip. JAX shows each as a device on v2, v3 and TPU7x; the figures are of the whole chip.
+        cores: TensorCores of a TPU chip. JAX shows each as a device on v2, v3 and TPU7x; the figures of CATALOG are of the whole chip.
     """
 
     name: str
@@ -50,12 +50,16 @@ def lookup(kind: Kind, name: str, memory_bytes: int | None = None) -> Entry | No
     Args:
         kind: a key of KINDS. name: "NVIDIA H100 80GB HBM3", "TPU v5 lite", "v5litepod-8".
         memory_bytes: what the driver reports. A part of a device that carries the name of the whole (a virtual GPU, an
-            AMD partition) has less memory than its entry, and so none. None: the whole device is meant.
+            AMD partition) has less memory than its entry, and so none; a core of a TPU chip gets its share of the chip.
+            None: the whole device is meant.
     """
     plain = _plain(name)
     for entry in CATALOG:
-        if entry.kind == kind and plain in entry.names and (memory_bytes is None or _fits(entry, memory_bytes)):
-            return entry
+        if entry.kind == kind and plain in entry.names:
+            if memory_bytes is None or _fits(entry, memory_bytes, 1):
+                return entry
+            if entry.cores and _fits(entry, memory_bytes, entry.cores):
+                return _share(entry, entry.cores)
     return None
 
 
@@ -75,9 +79,22 @@ def _plain(name: str) -> str:
     return " ".join(words)
 
 
-def _fits(entry: Entry, memory_bytes: int) -> bool:
-    """Firmware, error correction and drivers keep about a tenth of the memory at most; a core of a TPU chip shows its share."""
-    return any(0.88 <= memory_bytes * parts / entry.memory_bytes <= 1.05 for parts in (1, entry.cores or 1))
+def _fits(entry: Entry, memory_bytes: int, parts: int) -> bool:
+    """Firmware, error correction and drivers keep about a tenth of the memory at most."""
+    return 0.88 <= memory_bytes * parts / entry.memory_bytes <= 1.05
+
+
+def _share(entry: Entry, parts: int) -> Entry:
+    """One core of a TPU chip, where JAX shows each as a device."""
+    return replace(
+        entry,
+        name=f"{entry.name} (one of {parts} cores)",
+        memory_bytes=entry.memory_bytes // parts,
+        bandwidth_bytes_per_s=None if entry.bandwidth_bytes_per_s is None else entry.bandwidth_bytes_per_s / parts,
+        flops={dtype: flops / parts for dtype, flops in entry.flops.items()},
+        usd_per_hour=None if entry.usd_per_hour is None else entry.usd_per_hour / parts,
+        cores=1,
+    )
 
 
 class _Page(NamedTuple):
