@@ -29,7 +29,7 @@ def test_detect_keeps_going_when_a_driver_breaks(monkeypatch: pytest.MonkeyPatch
 
     fakes = {"cuda": Broken("cuda"), "xpu": FakeBackend("xpu", count=2), "cpu": FakeBackend("cpu")}
     monkeypatch.setattr(detect_module, "open_backend", fakes.__getitem__)
-    inventory = detect()
+    inventory = detect(fakes)
     assert [str(device) for device in inventory.devices] == ["xpu:0", "xpu:1", "cpu:0"]
     (absent,) = inventory.absent
     assert absent.why == "it did not answer: CUDA error: device is lost"

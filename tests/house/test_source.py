@@ -224,7 +224,14 @@ def test_rooms_on_disk_are_the_rooms_of_the_plan():
 NO_NAME = {"utils", "util", "helpers", "helper", "common", "misc", "new", "v2", "final", "enhanced", "real", "phase3"}
 
 
+# Names that say nothing, each with the reason why it stands all the same.
+KNOWN_ELSEWHERE = {"models/_utils.py": "the path from which existing programs import the torch helpers; it only passes them on"}
+
+
 def test_names_say_what_a_module_is(name):
+    if name in KNOWN_ELSEWHERE:
+        assert not [node for node in tree(name).body if isinstance(node, ast.FunctionDef | ast.ClassDef)], "what is written has a home"
+        return
     words = {word for part in Path(name).with_suffix("").parts for word in part.split("_")}
     assert not words & NO_NAME, "a homeless function belongs to the noun it works on"
 
@@ -243,4 +250,4 @@ def test_files_are_short_or_say_why_not(name):
 
 
 def test_long_files_exist():
-    assert set(LONG) <= set(NAMES)
+    assert set(LONG) | set(KNOWN_ELSEWHERE) <= set(NAMES)

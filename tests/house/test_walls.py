@@ -64,6 +64,9 @@ def test_the_house_as_it_stands_is_accepted(copy):
             "planning/plan.py", "\n\ndef late():\n    import torch\n", "pantheraml.planning.plan -> torch", id="planning imports torch"
         ),
         pytest.param(
+            "models/load.py", "\n\ndef late():\n    import jax\n", "pantheraml.models.load -> jax", id="a second file imports jax"
+        ),
+        pytest.param(
             "recipe/text.py",
             "\nimport pantheraml.recipe.load\n",
             "pantheraml.recipe",

@@ -102,8 +102,9 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(kind: Kind) -> Backend:
-    """The backend for `kind`. Imports its file, and nothing of the others."""
+def open_backend(kind: Kind, *, simulate: bool = False) -> Backend:
+    """The backend for `kind`. Imports its file, and nothing of the others. simulate: for a TPU only, XLA on the CPU."""
     module, name = KINDS[kind].backend.split(":")
-    backend: Backend = getattr(import_module(module), name)()
+    make = getattr(import_module(module), name)
+    backend: Backend = make(simulate=True) if simulate else make()
     return backend

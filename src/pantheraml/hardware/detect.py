@@ -9,8 +9,12 @@ from pantheraml.hardware.device import Absent, Device, Inventory
 from pantheraml.recipe.kinds import KINDS, Kind
 
 
-def detect(kinds: Iterable[Kind] | None = None) -> Inventory:
-    """Ask the given kinds (default: all) in the order of preference. Takes about a second, most of it torch's import."""
+def detect(kinds: Iterable[Kind] | None = None, *, simulate_tpu: bool = False) -> Inventory:
+    """Ask the given kinds (default: all) in the order of preference. Takes about a second, most of it torch's import.
+
+    Args:
+        simulate_tpu: XLA on the CPU answers as a TPU, and its devices say that they are simulated.
+    """
     wanted = set(KINDS if kinds is None else kinds)
     devices: list[Device] = []
     absent: list[Absent] = []
@@ -18,7 +22,8 @@ def detect(kinds: Iterable[Kind] | None = None) -> Inventory:
         if kind not in wanted:
             continue
         try:
-            answer = open_backend(kind).probe()
+            simulate = simulate_tpu and KINDS[kind].family == "tpu"
+            answer = (open_backend(kind, simulate=True) if simulate else open_backend(kind)).probe()
         except (ImportError, OSError, RuntimeError) as error:
             # A driver that breaks while it is asked must not hide the other devices.
             answer = Absent(

@@ -1,0 +1,81 @@
+"""Signs of a TPU that cost nothing to read: the environment and the PCI bus. None of them makes a device; see xla.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pantheraml.hardware.device import Seen
+
+_PCI_VENDOR = "0x1ae0"  # Google
+_PCI_DEVICES = {"0x0027": None, "0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "7x"}
+"""Generation by PCI device id, as JAX knows them (jax/_src/hardware_utils.py); v2 and v3 share one."""
+
+
+class TpuEnvironment(BaseSettings):
+    """What the environment says about TPUs. It describes a TPU that answers; it makes none.
+
+    Attributes:
+        accelerator_type: "v5litepod-8" (Cloud, Kaggle), "v5e-1" (Colab). topology: of the slice, "2x4" (GKE).
+        chips_per_host_bounds: "2,4,1". On Colab it says 2,2,1 for one chip, so what JAX lists is believed before it.
+        platforms: those that JAX may use, in order; not set: all.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore", populate_by_name=True)
+
+    accelerator_type: str | None = Field(default=None, validation_alias="TPU_ACCELERATOR_TYPE")
+    name: str | None = Field(default=None, validation_alias="TPU_NAME")
+    worker_id: str | None = Field(default=None, validation_alias="TPU_WORKER_ID")
+    chips_per_host_bounds: str | None = Field(default=None, validation_alias="TPU_CHIPS_PER_HOST_BOUNDS")
+    host_bounds: str | None = Field(default=None, validation_alias="TPU_HOST_BOUNDS")
+    topology: str | None = Field(default=None, validation_alias="TPU_TOPOLOGY")
+    colab_address: str | None = Field(default=None, validation_alias="COLAB_TPU_ADDR")
+    colab_vm: str | None = Field(default=None, validation_alias="COLAB_TPU_1VM")
+    library: str | None = Field(default=None, validation_alias="TPU_LIBRARY_PATH")
+    platforms: str | None = Field(default=None, validation_alias="JAX_PLATFORMS")
+
+    def set_variables(self) -> tuple[str, ...]:
+        """Those that point to a TPU, as "NAME=value"."""
+        fields = type(self).model_fields
+        said = self.model_dump(exclude={"platforms"}, exclude_none=True)
+        return tuple(f"{fields[name].validation_alias}={value}" for name, value in said.items())
+
+    def slice_shape(self, *, flat: bool) -> str | None:
+        """How many chips lie along each axis of the slice, "2x4", or None where the variables do not say."""
+        if self.topology:
+            return self.topology
+        chips, hosts = _numbers(self.chips_per_host_bounds), _numbers(self.host_bounds)
+        if len(hosts) == len(chips):
+            chips = tuple(chip * host for chip, host in zip(chips, hosts, strict=True))
+        return shape_of(chips, flat=flat) if chips else None
+
+
+def shape_of(chips: tuple[int, ...], *, flat: bool) -> str:
+    """Chips along each axis, as the vendor writes it: "2x2x1", and "2x4" for generations whose slices are flat."""
+    return "x".join(str(each) for each in (chips[:2] if flat and chips[2:] == (1,) else chips))
+
+
+def seen_on_pci(folder: Path) -> tuple[Seen, ...]:
+    """The TPU chips that the kernel lists on the PCI bus, whether or not anything can use them."""
+    found: list[str | None] = []
+    for device in sorted(folder.glob("*")):
+        try:
+            vendor, number = ((device / name).read_text().strip() for name in ("vendor", "device"))
+        except OSError:
+            continue
+        if vendor == _PCI_VENDOR and number in _PCI_DEVICES:
+            found.append(_PCI_DEVICES[number])
+    return tuple(Seen(index=index, name=f"TPU {what or 'v2 or v3'}", capability=what) for index, what in enumerate(found))
+
+
+def device_files(folder: Path) -> bool:
+    """Whether the kernel offers files that may belong to a TPU: /dev/accel0, or /dev/vfio/0, which also serves other cards."""
+    return any(True for pattern in ("accel[0-9]*", "vfio/[0-9]*") for _ in folder.glob(pattern))
+
+
+def _numbers(bounds: str | None) -> tuple[int, ...]:
+    """2,4,1 of a variable; nothing if it is not that."""
+    words = bounds.split(",") if bounds else []
+    return tuple(int(word) for word in words) if all(word.strip().isdecimal() for word in words) else ()
