@@ -220,11 +220,9 @@ class XlaBackend:
             _add_one(device)
 
     def memory(self, index: int) -> MemoryUse:
-        """What JAX tells in this process. A process that has not started JAX holds nothing, and does not take the TPU to ask."""
+        """What JAX tells in this process. Until the process has started JAX nothing is known: to ask would take the TPU."""
         opened = self._opened()
-        if not opened:
-            return MemoryUse(total_bytes=None, free_bytes=None, used_bytes=0, reserved_bytes=None, peak_bytes=0)
-        stats = opened[index].memory_stats() or {}
+        stats = (opened[index].memory_stats() if opened else None) or {}
         total, used = stats.get("bytes_limit"), stats.get("bytes_in_use")
         return MemoryUse(
             total_bytes=total,
