@@ -59,7 +59,9 @@ class Engine(Protocol):
         """Step k, from 0: gradients of the mean loss over `batch.label_count` labels, clipping, one update.
 
         A loss or gradient that is not finite leaves the weights as they are, in this step and in all that follow.
-        Raises: PantheraError if a trainable parameter gets no gradient; DeviceError if memory runs out.
+        When memory runs out before the update, the same step is taken again with fewer rows at once, as often as the
+        engine's `Recovery` allows; its gradient and mean loss are the same but for rounding (and for dropout's masks).
+        Raises: PantheraError if a trainable parameter gets no gradient; DeviceError if memory runs out for good.
         """
         ...
 
@@ -68,7 +70,7 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: Sequence[StepBatch]) -> float:
-        """Mean token loss, without dropout and without gradients."""
+        """Mean token loss, without dropout and without gradients. Recovers like a step."""
         ...
 
     def state_dict(self) -> State:

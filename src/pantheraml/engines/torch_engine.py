@@ -15,6 +15,7 @@ from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, 
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.failures import classify
+from pantheraml.hardware.recovery import Recovery, halvings
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import OptimSpec
@@ -26,10 +27,13 @@ class TorchEngine:
     """An `Engine`. Weights that train are float32; products are computed in the plan's dtype under autocast.
 
     Every step seeds the generators from the run's seed and its own number, so dropout needs no saved state.
+
+    Args:
+        recovery: what to do when memory runs out; None: stop.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, recovery: Recovery | None = None) -> None:
+        self._backend, self._recovery = backend, recovery or Recovery()
 
     def prepare(self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int) -> None:
         """See `Engine.prepare`."""
@@ -65,16 +69,10 @@ class TorchEngine:
 
     def _step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
         self._model.train()
-        self._backend.seed(_mixed(self._seed, k))
-        self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._device)
-        for micro in batch.micro:
-            with self._backend.autocast(self._dtype):
-                loss = self._loss(self._model, self._on_device(micro))
-            # A batch without labels has a loss of 0 that hangs on no parameter.
-            if loss.requires_grad:
-                (loss / max(1, batch.label_count)).backward()
-            total += loss.detach()
+        for attempt in self._recovery.attempts(f"step {k + 1}", halvings(_most_rows(batch.micro))):
+            with attempt:
+                total = self._gradients(batch, k, attempt.parts)
         if not self._checked:
             self._check_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip_norm or float("inf"))
@@ -84,6 +82,26 @@ class TorchEngine:
             group["lr"] = lr
         self._optimizer.step()
         return StepMetrics(mean, norm)
+
+    def _gradients(self, batch: StepBatch, k: int, parts: int) -> Tensor:
+        """The sum of the losses of step k; the gradients of their mean are in the parameters, or none if it fails."""
+        self._optimizer.zero_grad(set_to_none=True)
+        # Each attempt draws what the first one drew. In smaller parts dropout takes other masks, as with smaller micro-batches.
+        self._backend.seed(_mixed(self._seed, k))
+        total = torch.zeros((), device=self._device)
+        try:
+            for micro in batch.micro:
+                for part in self._on_device(micro, parts):
+                    with self._backend.autocast(self._dtype):
+                        loss = self._loss(self._model, part)
+                    # A batch without labels has a loss of 0 that hangs on no parameter.
+                    if loss.requires_grad:
+                        (loss / max(1, batch.label_count)).backward()
+                    total += loss.detach()
+        except (RuntimeError, MemoryError):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise
+        return total
 
     def read(self, metrics: Sequence[StepMetrics]) -> list[StepValues]:
         """See `Engine.read`."""
@@ -103,11 +121,19 @@ class TorchEngine:
             with self._memory_explained("an evaluation"), torch.no_grad(), self._backend.autocast(self._dtype):
                 for batch in batches:
                     for micro in batch.micro:
-                        total += self._loss(self._model, self._on_device(micro))
+                        total += self._loss_of(micro)
                     labels += batch.label_count
         finally:
             self._model.train(was_training)
         return float(total) / max(1, labels)
+
+    def _loss_of(self, micro: MicroBatch) -> Tensor:
+        """The sum of the losses of a micro-batch."""
+        losses: list[Tensor] = []
+        for attempt in self._recovery.attempts("an evaluation", halvings(_most_rows((micro,)))):
+            with attempt:
+                losses = [self._loss(self._model, part) for part in self._on_device(micro, attempt.parts)]
+        return torch.stack(losses).sum()
 
     def state_dict(self) -> State:
         """See `Engine.state_dict`. Names: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` after the first step."""
@@ -148,9 +174,18 @@ class TorchEngine:
             for name, parameter in self._trained.items()
         }
 
-    def _on_device(self, micro: MicroBatch) -> MicroTensors:
+    def _on_device(self, micro: MicroBatch, parts: int) -> Iterator[MicroTensors]:
+        """The rows of a micro-batch in at most `parts` pieces, one after the other.
+
+        Fewer rows are a new shape: a device with static shapes compiles once more when memory has run out, and, as all
+        later steps keep to that number of parts, then no more.
+        """
+        rows = len(micro.input_ids)
+        at_once = -(-rows // parts)
         arrays = (micro.input_ids, micro.position_ids, micro.labels)
-        return MicroTensors(*(torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays))
+        for start in range(0, rows, at_once):
+            pieces = (torch.from_numpy(array[start : start + at_once]) for array in arrays)
+            yield MicroTensors(*(piece.to(self._device, non_blocking=True) for piece in pieces))
 
     def _check_gradients(self) -> None:
         missing = [name for name, parameter in self._trained.items() if parameter.grad is None]
@@ -176,19 +211,29 @@ class TorchEngine:
         plan = self._plan
         use = self._backend.memory(plan.device.index)
         self._backend.empty_cache()
-        shorter = max(plan.row_tokens[-1], plan.micro_tokens // 2)
+        parts = self._recovery.parts
+        # The plan's shapes, in as many parts as came to be tried.
+        at_once = max(n * -(-max(1, plan.micro_tokens // n) // parts) for n in plan.row_tokens)
+        shorter = max(plan.row_tokens[-1], at_once // 2)
         fix = (
             f"set batch.micro_tokens to {shorter} (the result stays the same)"
-            if shorter < plan.micro_tokens
+            if shorter < at_once
             else "set hardware.checkpointing to on"
             if not plan.checkpointing
             else f"set model.max_tokens below {plan.row_tokens[-1]}, or choose a smaller model"
         )
+        tried = f", and still does in {parts} parts" if parts > 1 else ""
         return DeviceError(
             f"out of memory in {doing}: {format_bytes(use.used_bytes)} in use, {format_bytes(use.free_bytes)} free on {plan.device}",
-            why=f"a micro-batch of {plan.micro_tokens} tokens needs more; the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB",
+            why=f"a micro-batch of {plan.micro_tokens} tokens needs more{tried}; "
+            f"the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB",
             fix=fix,
         )
+
+
+def _most_rows(batches: Sequence[MicroBatch]) -> int:
+    """Rows of the largest of these: what can be divided."""
+    return max((len(micro.input_ids) for micro in batches), default=1)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DataError
 from pantheraml.hardware.backend import open_backend
+from pantheraml.hardware.recovery import Recovery
 from pantheraml.kernels.table import kernel
 from pantheraml.recipe.types import Recipe
 from pantheraml.trainer.run import batches_of, layout_of, survey
@@ -30,7 +31,8 @@ def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
             fix="name a file with rows: pantheraml eval RUN FILE",
         )
     backend = open_backend(plan.device.kind)
-    engine = TorchEngine(backend)
+    recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
+    engine = TorchEngine(backend, recovery)
     engine.prepare(loaded.model, sft_loss(loaded.model, kernel("linear_cross_entropy", plan.device.kind)), None, plan, seed=recipe.run.seed)
     layout = layout_of(replace(plan, packing=False), view.tokenizer, trim=not backend.static_shapes)
     samples, asked = ask(data.questions, (), data.encoder)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +17,7 @@ from pantheraml.data.pack import StepBatch
 from pantheraml.data.source import Source
 from pantheraml.engines.engine import Engine, StepMetrics
 from pantheraml.errors import DivergedError, StoppedError
+from pantheraml.hardware.recovery import Recovery
 from pantheraml.recipe.types import OptimSpec, Recipe
 from pantheraml.trainer.checkpoint import Checkpoints
 from pantheraml.trainer.watch import StepRecord, Watch
@@ -38,6 +39,10 @@ class Position:
     first_eval: float | None = None
     last_eval: float | None = None
     ended: bool = False
+    parts: int = 1
+    """In how many parts each micro-batch is taken since memory ran out."""
+    recoveries: list[str] = field(default_factory=list)
+    """What was said of each time that it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +128,24 @@ def run(
     checkpoints: Checkpoints,
     watch: Watch,
     stop: Stop,
+    recovery: Recovery | None = None,
 ) -> Position:
     """Train from `position` to the end, and return where it ended.
 
+    Args:
+        recovery: that of the engine. What it came to is part of the position, so that a run which goes on does so alike.
     Raises:
         DivergedError: a loss or gradient was not finite. The weights are those before it, in a checkpoint.
         StoppedError: asked to stop, with a checkpoint saved.
         StorageError, DeviceError: from disk and device.
     """
     pending: list[tuple[StepMetrics, StepRecord, tuple[str, ...]]] = []
+    recovery = recovery or Recovery()
+    recovery.restore(position.parts, position.recoveries)
     clock = time.perf_counter()
 
     def save() -> None:
+        position.parts, position.recoveries = recovery.parts, list(recovery.said)
         checkpoints.save(position.step, engine.state_dict(), asdict(position), best=position.best_step if rhythm.keep_best else None)
 
     def flush() -> None:
@@ -190,12 +201,14 @@ def run(
         last = done == rhythm.total
         asked = stop.signal
         eval_due = bool(held_out) and (last or _due(done, rhythm.eval))
-        save_due = last or _due(done, rhythm.save) or asked is not None
+        # A run that was killed must not take a step in other parts than this one did.
+        save_due = last or _due(done, rhythm.save) or asked is not None or recovery.parts != position.parts
         if eval_due or save_due or _due(done, rhythm.log):
             flush()
         if eval_due:
             position.ended = evaluate()
-            save_due = save_due or position.ended or (rhythm.keep_best and position.best_step == done)
+            best = rhythm.keep_best and position.best_step == done
+            save_due = save_due or position.ended or best or recovery.parts != position.parts
         if save_due:
             save()
             clock = time.perf_counter()

@@ -29,6 +29,7 @@ from pantheraml.hardware.backend import Backend, open_backend
 from pantheraml.hardware.cpu import usable_cores
 from pantheraml.hardware.detect import detect
 from pantheraml.hardware.monitor import Monitor
+from pantheraml.hardware.recovery import Recovery
 from pantheraml.hardware.select import select
 from pantheraml.kernels.table import kernel
 from pantheraml.models.adapters import attach
@@ -180,7 +181,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     recipe, plan, data, tokenizer = view.recipe, view.plan, view.data, view.tokenizer
     source = data.source(batch_size=plan.batch_size, seed=recipe.run.seed, epochs=recipe.optim.epochs, steps=recipe.optim.steps)
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes)
-    engine = TorchEngine(backend)
+    recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
+    engine = TorchEngine(backend, recovery)
     loss = sft_loss(model, kernel("linear_cross_entropy", plan.device.kind))
     engine.prepare(model, loss, recipe.optim, plan, seed=recipe.run.seed)
 
@@ -211,13 +213,14 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         reporters=open_reporters(recipe.run.reporters, folder, learned(recipe)),
         monitor=monitor,
     )
+    recovery.announce = watch.say
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
         with monitor:
-            position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop)
+            position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
         watch.close()
         if data.bad.rows:  # a stream meets them while training
@@ -234,6 +237,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
             notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
             console.print(notes[-1], markup=False)
     final = engine.evaluate(held_out) if held_out else None
+    notes += recovery.said
     samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
     if stop.signal is not None:
         raise loop.stopped(stop.signal, position.step, source.total_steps, folder)
