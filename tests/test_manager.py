@@ -20,8 +20,8 @@ from pantheraml.hardware.cpu import CpuBackend, usable_memory
 from pantheraml.hardware.device import Device, DeviceType, Inventory
 from pantheraml.hardware.find import find
 from pantheraml.hardware.speed import Measured, remember
-from pantheraml.manager import DeviceManager, get_device_manager, nearest_power_of_two
-from pantheraml.planning.batch import rows_that_fit
+from pantheraml.manager import DeviceManager, get_device_manager
+from pantheraml.planning.batch import nearest_power_of_two, rows_that_fit
 from pantheraml.planning.memory import estimate_memory
 from pantheraml.planning.workload import Workload
 from pantheraml.recipe.types import HardwareAsk
@@ -41,7 +41,7 @@ def machine(*backends: FakeBackend, ask: HardwareAsk | None = None, **rest: Any)
         assert isinstance(answer, tuple)
         devices += answer
     found = find(ask, inventory=Inventory(devices=tuple(devices)), training=False)
-    return DeviceManager(found, open_device=by_kind.__getitem__, **rest)
+    return DeviceManager(found, open_device=lambda device: by_kind[device.kind], **rest)
 
 
 # ---- This machine ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import DeviceError
-from pantheraml.hardware.backend import Backend, MemoryUse, Telemetry, open_backend
+from pantheraml.hardware.backend import Backend, MemoryUse, Telemetry, backend_of
 from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.detect import detect
 from pantheraml.hardware.device import Absent, Device
@@ -126,7 +126,7 @@ class DoctorReport:
         if current:
             if current.facts.simulated:
                 advice.append(f"{self.device} is simulated: its speed and memory say nothing about a real one")
-            if not current.quantizers and versions.get("bitsandbytes") is None and open_backend(current.facts.kind).quantizers:
+            if not current.quantizers and versions.get("bitsandbytes") is None and backend_of(current.facts).quantizers:
                 advice.append("pip install bitsandbytes: models of up to four times the size fit with model.load_in_4bit=true")
             if current.measured is None and not current.facts.simulated:
                 advice.append("pantheraml devices --bench: measure what this device really does, for choosing devices and for comparison")
@@ -205,7 +205,7 @@ def examine(
 
     Raises: StorageError if the measurement cannot be kept.
     """
-    backend = backend or open_backend(device.kind)
+    backend = backend or backend_of(device)
     measured = None
     if device.dtypes and not device.simulated:
         measured = measure(backend, device) if bench else remembered(device, cache)

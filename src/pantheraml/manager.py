@@ -9,15 +9,13 @@ Training does not need it; it stands on the same rooms.
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pantheraml.errors import DeviceError
-from pantheraml.hardware.backend import Backend, MemoryUse, open_backend
+from pantheraml.hardware.backend import Backend, MemoryUse, backend_of
 from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.detect import detect
 from pantheraml.hardware.device import Absent, Device, Inventory, parse_device
@@ -25,11 +23,10 @@ from pantheraml.hardware.find import Found, find
 from pantheraml.hardware.price import Price, price_of
 from pantheraml.hardware.settings import read_settings
 from pantheraml.hardware.speed import remembered
-from pantheraml.planning.batch import HEADROOM, rows_that_fit
-from pantheraml.planning.memory import estimate_memory, format_bytes
+from pantheraml.planning.batch import BatchConfig, batch_by_factor, batch_by_shape
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.workload import Choice, Estimate, Objective, Profile, Workload, choose, estimate
-from pantheraml.recipe.kinds import KINDS, kinds_meant
+from pantheraml.recipe.kinds import kinds_meant
 from pantheraml.recipe.types import HardwareAsk
 
 if TYPE_CHECKING:
@@ -37,24 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchConfig:
-    """How many examples a device takes at once.
-
-    Attributes:
-        batch_size: to use. max_batch_size: the most that fits; None where no model is known, so nothing could be counted.
-        decided_by: "factor" (a setting times the base), or "planner" (the memory arithmetic for a known model).
-        reason: one sentence. simulated: the device is a stand-in.
-    """
-
-    batch_size: int
-    max_batch_size: int | None
-    device: Device
-    decided_by: Literal["factor", "planner"]
-    reason: str
-    simulated: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +64,7 @@ class DeviceManager:
     """
 
     def __init__(
-        self, found: Found, *, usd_per_hour: Mapping[str, float] | None = None, open_device: Callable[[str], Backend] = open_backend
+        self, found: Found, *, usd_per_hour: Mapping[str, float] | None = None, open_device: Callable[[Device], Backend] = backend_of
     ) -> None:
         self._found, self._device, self._why = found, found.device, found.why
         self._prices = dict(usd_per_hour or {})
@@ -124,10 +103,10 @@ class DeviceManager:
 
     def backend(self, device_id: str | None = None) -> Backend:
         """What drives a device; see hardware/backend.py."""
-        kind = self.get_device(device_id).kind
-        if kind not in self._backends:
-            self._backends[kind] = self._open(kind)
-        return self._backends[kind]
+        device = self.get_device(device_id)
+        if device.kind not in self._backends:
+            self._backends[device.kind] = self._open(device)
+        return self._backends[device.kind]
 
     # ---- Tensors -------------------------------------------------------------------------------------------------
 
@@ -226,55 +205,9 @@ class DeviceManager:
             raise ValueError(f"base_batch_size is at least 1, not {base_batch_size}")
         device = self.get_device(device_id)
         if shape is None:
-            return self._by_factor(base_batch_size, device)
-        tokens = min(max_tokens or 2048, shape.max_tokens)
-        dtype = (device.dtypes or ("float32",))[0]
-        each = 4 if dtype == "float32" else 2
-
-        def need(rows: int) -> int:
-            return estimate_memory(
-                shape,
-                trainable_parameters=shape.lora_parameters(lora_rank) if lora_rank else shape.parameters,
-                base_bytes_each=each if lora_rank else 4,
-                micro_tokens=rows * tokens,
-                row_tokens=tokens,
-                checkpointing=False,
-                attention=shape.attention[0],
-                compute_bytes_each=each,
-                lora_rank=lora_rank,
-            ).total_bytes
-
+            return batch_by_factor(device, base_batch_size, self._found.ask)
         free = self.memory(str(device)).free_bytes or device.free_bytes
-        most = rows_that_fit(need, int(free * HEADROOM))
-        if most < 1:
-            raise DeviceError(
-                f"not even one example of {tokens} tokens of {shape.name} fits on {device}",
-                why=f"training needs {format_bytes(need(1))}, and {HEADROOM:.0%} of {format_bytes(free)} free may be filled",
-                fix="pass a smaller max_tokens, an adapter (lora_rank), or choose a smaller model",
-            )
-        size = most if most < base_batch_size else most // base_batch_size * base_batch_size
-        return BatchConfig(
-            batch_size=size,
-            max_batch_size=most,
-            device=device,
-            decided_by="planner",
-            reason=f"the planner: {size} x {tokens} tokens of {shape.name} need about {format_bytes(need(size))} of {format_bytes(free)} free"
-            + _simulated(device),
-            simulated=device.simulated,
-        )
-
-    def _by_factor(self, base: int, device: Device) -> BatchConfig:
-        ask, family = self._found.ask, KINDS[device.kind].family
-        factor = {"tpu": ask.tpu_batch_factor, "gpu": ask.gpu_batch_factor, "cpu": ask.cpu_batch_factor}[family]
-        size = base if factor == 1 else nearest_power_of_two(base * factor)
-        return BatchConfig(
-            batch_size=size,
-            max_batch_size=None,
-            device=device,
-            decided_by="factor",
-            reason=f"the default factor of a {family.upper()}, {factor} x {base}, since no model is known" + _simulated(device),
-            simulated=device.simulated,
-        )
+        return batch_by_shape(device, base_batch_size, shape, free_bytes=free, max_tokens=max_tokens, lora_rank=lora_rank)
 
     # ---- Memory --------------------------------------------------------------------------------------------------
 
@@ -405,19 +338,9 @@ def get_device_manager(
     return DeviceManager(found, usd_per_hour=usd_per_hour)
 
 
-def nearest_power_of_two(number: int) -> int:
-    """The power of two nearest to a number of at least 1; the larger of two that are equally near."""
-    below = 2 ** int(math.log2(number))
-    return below if number - below < 2 * below - number else 2 * below
-
-
 def _process_group() -> Any:
     """torch.distributed where this process belongs to a group, else None."""
     import torch.distributed
 
     group: Any = torch.distributed
     return group if group.is_available() and group.is_initialized() else None
-
-
-def _simulated(device: Device) -> str:
-    return "; the device is simulated" if device.simulated else ""

@@ -108,3 +108,8 @@ def open_backend(kind: Kind, *, simulate: bool = False) -> Backend:
     make = getattr(import_module(module), name)
     backend: Backend = make(simulate=True) if simulate else make()
     return backend
+
+
+def backend_of(device: Device) -> Backend:
+    """The backend that drives a device that was found."""
+    return open_backend(device.kind, simulate=device.simulated and KINDS[device.kind].family == "tpu")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pantheraml.errors import DeviceError
-from pantheraml.planning.memory import MemoryEstimate, format_bytes
+from pantheraml.hardware.device import Device
+from pantheraml.planning.memory import MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.shape import ModelShape
+from pantheraml.recipe.kinds import KINDS
+from pantheraml.recipe.types import HardwareAsk
 
 SHORTEST_ROW = 64
 MOST_LENGTHS = 6
@@ -144,3 +149,89 @@ def _chosen(
     else:
         why = "what backward needs fits into memory, so nothing is computed twice"
     return MicroBatch(micro_tokens=tokens, checkpointing=again, memory=memory, reason=reason, checkpointing_reason=why)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """How many examples a device takes at once.
+
+    Attributes:
+        batch_size: to use. max_batch_size: the most that fits; None where no model is known, so nothing could be counted.
+        decided_by: "factor" (a setting times the base), or "planner" (the memory arithmetic for a known model).
+        reason: one sentence. simulated: the device is a stand-in.
+    """
+
+    batch_size: int
+    max_batch_size: int | None
+    device: Device
+    decided_by: Literal["factor", "planner"]
+    reason: str
+    simulated: bool
+
+
+def batch_by_factor(device: Device, base: int, ask: HardwareAsk) -> BatchConfig:
+    """The base times the factor of the device's family, to the nearest power of two; the base itself where the factor is 1."""
+    family = KINDS[device.kind].family
+    factor: int = getattr(ask, f"{family}_batch_factor")
+    return BatchConfig(
+        batch_size=base if factor == 1 else nearest_power_of_two(base * factor),
+        max_batch_size=None,
+        device=device,
+        decided_by="factor",
+        reason=f"the default factor of a {family.upper()}, {factor} x {base}, since no model is known" + _simulated(device),
+        simulated=device.simulated,
+    )
+
+
+def batch_by_shape(
+    device: Device, base: int, shape: ModelShape, *, free_bytes: int, max_tokens: int | None, lora_rank: int | None
+) -> BatchConfig:
+    """As many examples as training fits into HEADROOM of the free memory, in multiples of the base.
+
+    Args:
+        max_tokens: of an example; None: what the model can do, or 2048. lora_rank: None: every weight trains.
+    Raises: DeviceError if not even one fits.
+    """
+    tokens = min(max_tokens or 2048, shape.max_tokens)
+    each = 2 if device.dtypes[:1] == ("bfloat16",) else 4
+
+    def need(rows: int) -> int:
+        return estimate_memory(
+            shape,
+            trainable_parameters=shape.lora_parameters(lora_rank) if lora_rank else shape.parameters,
+            base_bytes_each=each if lora_rank else 4,
+            micro_tokens=rows * tokens,
+            row_tokens=tokens,
+            checkpointing=False,
+            attention=shape.attention[0],
+            compute_bytes_each=each,
+            lora_rank=lora_rank,
+        ).total_bytes
+
+    most = rows_that_fit(need, int(free_bytes * HEADROOM))
+    if most < 1:
+        raise DeviceError(
+            f"not even one example of {tokens} tokens of {shape.name} fits on {device}",
+            why=f"training needs {format_bytes(need(1))}, and {HEADROOM:.0%} of {format_bytes(free_bytes)} free may be filled",
+            fix="pass a smaller max_tokens, an adapter (lora_rank), or choose a smaller model",
+        )
+    size = most if most < base else most // base * base
+    return BatchConfig(
+        batch_size=size,
+        max_batch_size=most,
+        device=device,
+        decided_by="planner",
+        reason=f"the planner: {size} x {tokens} tokens of {shape.name} need about {format_bytes(need(size))} of "
+        f"{format_bytes(free_bytes)} free" + _simulated(device),
+        simulated=device.simulated,
+    )
+
+
+def nearest_power_of_two(number: int) -> int:
+    """The power of two nearest to a number of at least 1; the larger of two that are equally near."""
+    below = 1 << (number.bit_length() - 1)
+    return below if number - below < 2 * below - number else 2 * below
+
+
+def _simulated(device: Device) -> str:
+    return "; the device is simulated" if device.simulated else ""

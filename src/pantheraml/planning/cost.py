@@ -28,6 +28,23 @@ class CostEstimate:
         return None if self.usd_per_hour is None or self.time_s is None else self.usd_per_hour * self.time_s / 3600
 
 
+def format_seconds(time_s: float | None) -> str:
+    """`about 2 h 5 min`, `about 40 s`; None is `unknown`."""
+    if time_s is None:
+        return "unknown"
+    if time_s < 60:
+        return f"about {max(1, round(time_s))} s"
+    minutes = round(time_s / 60)
+    return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
+
+
+def format_dollars(usd: float | None) -> str:
+    """`$1.50`, `$0.0031`; None is `unknown`."""
+    if usd is None:
+        return "unknown"
+    return f"${usd:.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}"
+
+
 def flops_per_token(shape: ModelShape, *, row_tokens: int, checkpointing: bool, lora_rank: int | None) -> float:
     """Floating point operations for a token, forward and backward.
 

@@ -13,7 +13,7 @@ from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, round_lengths, row_lengths
-from pantheraml.planning.cost import CostEstimate, estimate_cost
+from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.memory import MemoryEstimate, estimate_memory, format_bytes
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import LoRA, Recipe
@@ -99,23 +99,6 @@ class Plan:
             "price": format_dollars(cost.usd),
         }
         return [(choice, value, self.reasons.get(choice, "")) for choice, value in values.items()]
-
-
-def format_seconds(time_s: float | None) -> str:
-    """`about 2 h 5 min`, `about 40 s`; None is `unknown`."""
-    if time_s is None:
-        return "unknown"
-    if time_s < 60:
-        return f"about {max(1, round(time_s))} s"
-    minutes = round(time_s / 60)
-    return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
-
-
-def format_dollars(usd: float | None) -> str:
-    """`$1.50`, `$0.0031`; None is `unknown`."""
-    if usd is None:
-        return "unknown"
-    return f"${usd:.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}"
 
 
 def make_plan(
