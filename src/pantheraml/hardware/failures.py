@@ -217,9 +217,9 @@ ROWS: tuple[Row, ...] = (
     Row(
         "communication",
         r"\[\S*gloo/\S+\] |Application timeout caused pair closure",
-        "RuntimeError: [/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv "
-        "operation to complete",
-        _RAISED,
+        "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to "
+        "complete",
+        f"Intellindust-AI-Lab/DEIMv2#65; {_RAISED} with the same words",
     ),
     Row(
         "communication",

@@ -129,7 +129,7 @@ class Recovery:
             self.said.append(str(failure))
             self.announce(str(failure))
             if failure.kind == "out of memory":
-                self.parts = max(self.parts, failure.next_parts or 1)
+                self.parts = failure.next_parts or self.parts
             else:
                 self._sleep(self._pause_s * 2 ** (in_a_row[failure.kind] - 1))
 
