@@ -507,7 +507,8 @@ def _check_precision(args: TrainingArguments, origin: _Origin) -> None:
         asked = "fp16" if args.fp16 else "bf16"
         raise RecipeError(
             f"{asked}=True, but the model was loaded to compute in {origin.dtype}",
-            why="the arithmetic is that of the model" + ("; float16 is not trained, since it overflows without loss scaling" if args.fp16 else ""),
+            why="the arithmetic is that of the model"
+            + ("; float16 is not trained, since it overflows without loss scaling" if args.fp16 else ""),
             fix="leave fp16 and bf16 out" + ("" if args.fp16 else ', or load the model with dtype="bfloat16"'),
         )
     if args.optim not in _ADAMW:

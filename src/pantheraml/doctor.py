@@ -219,7 +219,7 @@ def examine(
         memory=backend.memory(device.index),
         telemetry=backend.telemetry(device.index),
         smoke=smoke_steps(backend, device),
-        kernels=installed(device.kind),
+        kernels=installed(device.kind) if device.dtypes else {},  # nothing trains there
         quantizers=available(backend.quantizers),
         price=price_of(device, own_usd_per_hour),
         measured=measured,
@@ -261,7 +261,10 @@ def _table(title: str, *columns: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def _speed(each: Examined) -> str:
@@ -316,7 +319,8 @@ def _computed(devices: tuple[Examined, ...]) -> RenderableType:
     for each in {each.facts.kind: each for each in reversed(devices)}.values():
         for operation, function in each.kernels.items():
             table.add_row(operation, each.facts.kind, function.removeprefix("pantheraml."))
-        table.add_row("4-bit base", each.facts.kind, ", ".join(each.quantizers) or "not here")
+        if each.kernels:
+            table.add_row("4-bit base", each.facts.kind, ", ".join(each.quantizers) or "not here")
     return table
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pantheraml.hardware.catalog import lookup
 from rich.console import Console
 from tests.fakes import FakeBackend, fake_device
 
@@ -20,6 +19,7 @@ import pantheraml.doctor
 from pantheraml.doctor import DoctorReport, examine, report, smoke_steps
 from pantheraml.hardware import speed
 from pantheraml.hardware.backend import Telemetry
+from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.cpu import CpuBackend
 from pantheraml.hardware.device import Absent, Device, Seen
 from pantheraml.hardware.speed import Measured

@@ -102,7 +102,7 @@ def test_the_report_says_what_metrics_and_data_say(whole):
     assert report["eval"]["rows"] == 2 and report["eval"]["loss_before"] == measured[0]
     assert report["eval"]["loss_after"] == pytest.approx(measured[-1], rel=1e-6) and measured[-1] < measured[0]
     assert [sample["expected"] is None for sample in report["samples"]] == [False, False, True]
-    assert set(report["plan"]) == {"memory_bytes", "tokens_per_s", "train_s"}
+    assert set(report["plan"]) == {"memory_bytes", "tokens_per_s", "train_s", "usd"}
     page = (run.folder / "report.md").read_text()
     assert f"| held-out loss | {measured[0]:.4f} | {measured[-1]:.4f} |" in page and "| packing | on |" in page
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pantheraml.hardware.failures import classify as classify
     from pantheraml.hardware.placement import ensure_tpu_initialization as ensure_tpu_initialization
     from pantheraml.hardware.placement import get_autocast_device as get_autocast_device
     from pantheraml.hardware.placement import get_device_with_fallback as get_device_with_fallback
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pantheraml.hardware.precision import custom_fwd as custom_fwd
     from pantheraml.hardware.precision import get_grad_scaler as get_grad_scaler
     from pantheraml.hardware.precision import torch_device_context as torch_device_context
+    from pantheraml.hardware.recovery import TPUErrorHandler as TPUErrorHandler
+    from pantheraml.hardware.recovery import handle_device_oom as handle_device_oom
 
 _HOMES = {
     "get_pytorch_device": "placement",
@@ -37,6 +40,9 @@ _HOMES = {
     "custom_bwd": "precision",
     "get_grad_scaler": "precision",
     "torch_device_context": "precision",
+    "handle_device_oom": "recovery",
+    "TPUErrorHandler": "recovery",
+    "classify": "failures",
 }
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 

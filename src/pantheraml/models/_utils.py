@@ -13,6 +13,8 @@ from pantheraml.hardware.precision import custom_bwd as custom_bwd
 from pantheraml.hardware.precision import custom_fwd as custom_fwd
 from pantheraml.hardware.precision import get_grad_scaler as get_grad_scaler
 from pantheraml.hardware.precision import torch_device_context as torch_device_context
+from pantheraml.hardware.recovery import TPUErrorHandler as TPUErrorHandler
+from pantheraml.hardware.recovery import handle_device_oom as handle_device_oom
 
 # Their names in Unsloth.
 torch_amp_custom_fwd = custom_fwd

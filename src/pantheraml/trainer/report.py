@@ -3,28 +3,91 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pantheraml.export.safetensors import atomic_file
 from pantheraml.hardware.monitor import Monitor
+from pantheraml.planning.cost import format_dollars, format_seconds
 from pantheraml.planning.memory import format_bytes
-from pantheraml.planning.plan import Plan, format_seconds
-from pantheraml.trainer.samples import Sample
+from pantheraml.planning.plan import Plan
+from pantheraml.trainer.samples import Sample, exact_match
 from pantheraml.trainer.watch import read_metrics
+
+if TYPE_CHECKING:
+    from pantheraml.trainer.loop import Position
+    from pantheraml.trainer.run import Survey
 
 REPORT, REPORT_PAGE, PLOT = "report.json", "report.md", "loss.png"
 SHOWN_SAMPLES = 5
 
 
+def summary(
+    view: Survey,
+    model: Any,
+    position: Position,
+    samples: Sequence[Sample],
+    *,
+    name: str,
+    kept_step: int,
+    final_loss: float | None,
+    peak_bytes: int | None,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """What report.json says of a run, besides its samples."""
+    recipe, plan, data = view.recipe, view.plan, view.data
+    speed = position.tokens / position.train_s if position.train_s else None
+    return {
+        "run": name,
+        "pantheraml": version("pantheraml"),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": recipe.model.name,
+        "method": recipe.method.kind,
+        "adapter": recipe.adapter.kind,
+        "device": asdict(plan.device),
+        "dtype": plan.dtype,
+        "data": {
+            "format": data.detected.format,
+            "train_rows": len(data.train) if data.train is not None else None,
+            "eval_rows": len(data.held_out),
+            "bad_rows": len(data.bad.rows),
+            "in_both": len(data.shared),
+        },
+        "train": {
+            "steps": position.step,
+            "kept_step": kept_step,
+            "batch_size": plan.batch_size,
+            "tokens": position.tokens,
+            "tokens_per_s": speed,
+            "train_s": position.train_s,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": view.shape.parameters,
+        },
+        "eval": {
+            "rows": len(data.questions),
+            "loss_before": position.first_eval,
+            "loss_after": final_loss,
+            "exact_match_before": exact_match(samples, after=False),
+            "exact_match_after": exact_match(samples, after=True),
+        },
+        "plan": measured_beside(plan, peak_bytes=peak_bytes, tokens_per_s=speed, train_s=position.train_s),
+        "notes": list(notes),
+    }
+
+
 def measured_beside(plan: Plan, *, peak_bytes: int | None, tokens_per_s: float | None, train_s: float | None) -> dict[str, dict[str, Any]]:
-    """What was planned and what came of it, in the same units."""
+    """What was planned and what came of it, in the same units; dollars are the measured time at the price that the plan knew."""
+    price = plan.cost.usd_per_hour
+    usd = None if price is None or train_s is None else price * train_s / 3600
     return {
         "memory_bytes": {"planned": plan.memory.total_bytes, "measured": peak_bytes},
         "tokens_per_s": {"planned": plan.cost.tokens_per_s, "measured": tokens_per_s},
         "train_s": {"planned": plan.cost.time_s, "measured": train_s},
+        "usd": {"planned": plan.cost.usd, "measured": usd},
     }
 
 
@@ -81,7 +144,7 @@ def _page(report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> str:
     held, train, data = report["eval"], report["train"], report["data"]
     lines = [f"# {report['run']}", ""]
     lines += [
-        f"{report['method'].upper()} of `{report['model']}` ({report['adapter']}) on {plan.device} ({plan.device.name}), {plan.dtype}.",
+        f"{report['method'].upper()} of `{report['model']}` ({report['adapter']}) on {plan.device} ({plan.device.label}), {plan.dtype}.",
         "",
     ]
     lines += ["| result | before | after |", "|---|---|---|"]
@@ -95,6 +158,7 @@ def _page(report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> str:
     lines += [f"| memory | {format_bytes(beside['memory_bytes']['planned'])} | {format_bytes(beside['memory_bytes']['measured'])} |"]
     lines += [f"| tokens/s | {_count(beside['tokens_per_s']['planned'])} | {_count(beside['tokens_per_s']['measured'])} |"]
     lines += [f"| time | {format_seconds(beside['train_s']['planned'])} | {format_seconds(beside['train_s']['measured'])} |"]
+    lines += [f"| price | {format_dollars(beside['usd']['planned'])} | {format_dollars(beside['usd']['measured'])} |"]
     lines += _device_rows(report.get("monitor"))
     lines += ["", "## What ran", ""]
     lines += [

@@ -10,10 +10,8 @@ train(recipe)
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +25,9 @@ from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, open_backend
 from pantheraml.hardware.cpu import usable_cores
-from pantheraml.hardware.detect import detect
+from pantheraml.hardware.find import find
 from pantheraml.hardware.monitor import Monitor
 from pantheraml.hardware.recovery import Recovery
-from pantheraml.hardware.select import select
 from pantheraml.kernels.table import kernel
 from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
@@ -43,9 +40,9 @@ from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
-from pantheraml.trainer.report import REPORT, measured_beside, monitored, write_report
+from pantheraml.trainer.report import REPORT, monitored, summary, write_report
 from pantheraml.trainer.runs import Run
-from pantheraml.trainer.samples import Sample, answers, ask, exact_match, read_samples, with_answers, write_samples
+from pantheraml.trainer.samples import answers, ask, read_samples, with_answers, write_samples
 from pantheraml.trainer.sft import sft_loss
 from pantheraml.trainer.watch import Watch, open_reporters
 
@@ -125,9 +122,9 @@ def survey(
         folder: gets bad_rows.jsonl.
         rows, held_out: rows from memory. model, tokenizer: those that are here already.
     """
-    inventory = detect(None if recipe.hardware.kind == "auto" else {recipe.hardware.kind})
-    device, _ = select(inventory, recipe.hardware)
-    backend = open_backend(device.kind)
+    found = find(recipe.hardware)
+    recipe = recipe.model_copy(update={"hardware": found.ask})
+    backend = open_backend(found.device.kind)
     shape = read_shape(recipe.model) if model is None else shape_of(model, recipe.model.name)
     stored = read_config(recipe.model).dtype if model is None else model.config.dtype
     tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
@@ -141,7 +138,7 @@ def survey(
             loss_on=recipe.method.loss_on,
             seed=recipe.run.seed,
             questions=recipe.eval.generate_rows,
-            memory_bytes=device.free_bytes,
+            memory_bytes=found.device.free_bytes,
             train=rows,
             held_out=held_out,
         )
@@ -150,7 +147,7 @@ def survey(
             bad.write(folder / BAD_ROWS)
     plan = make_plan(
         recipe,
-        inventory,
+        found.inventory,
         shape,
         train_tokens=int(data.train.lengths.sum()) if data.train is not None else None,
         train_rows=len(data.train) if data.train is not None else None,
@@ -158,6 +155,7 @@ def survey(
         attention=backend.attention,
         quantizers=available(backend.quantizers),
         available_threads=usable_cores(),
+        asked_by=found.asked_by,
     )
     if data.train is not None and len(data.train) < recipe.batch.size and recipe.optim.steps:
         few = f"batch.size={recipe.batch.size} is more than the {len(data.train)} training rows: a step sees rows more than once."
@@ -244,9 +242,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
 
     _save(model, view, folder)
     run = Run(folder)
-    report = _summary(
-        view, model, position, samples, name=folder.name, kept_step=kept, final_loss=final, peak_bytes=peak_bytes, notes=notes
-    )
+    report = summary(view, model, position, samples, name=folder.name, kept_step=kept, final_loss=final, peak_bytes=peak_bytes, notes=notes)
     report["monitor"] = monitored(monitor, since_step=monitored_from)
     exports = [run.export("merged")] if recipe.export.merged else []
     exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
@@ -254,59 +250,6 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
     write_report(folder, report, plan, samples)
     return run
-
-
-def _summary(
-    view: Survey,
-    model: Any,
-    position: loop.Position,
-    samples: Sequence[Sample],
-    *,
-    name: str,
-    kept_step: int,
-    final_loss: float | None,
-    peak_bytes: int | None,
-    notes: Sequence[str],
-) -> dict[str, Any]:
-    """What report.json says of a run, besides its samples."""
-    recipe, plan, data = view.recipe, view.plan, view.data
-    speed = position.tokens / position.train_s if position.train_s else None
-    return {
-        "run": name,
-        "pantheraml": version("pantheraml"),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": recipe.model.name,
-        "method": recipe.method.kind,
-        "adapter": recipe.adapter.kind,
-        "device": asdict(plan.device),
-        "dtype": plan.dtype,
-        "data": {
-            "format": data.detected.format,
-            "train_rows": len(data.train) if data.train is not None else None,
-            "eval_rows": len(data.held_out),
-            "bad_rows": len(data.bad.rows),
-            "in_both": len(data.shared),
-        },
-        "train": {
-            "steps": position.step,
-            "kept_step": kept_step,
-            "batch_size": plan.batch_size,
-            "tokens": position.tokens,
-            "tokens_per_s": speed,
-            "train_s": position.train_s,
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "parameters": view.shape.parameters,
-        },
-        "eval": {
-            "rows": len(data.questions),
-            "loss_before": position.first_eval,
-            "loss_after": final_loss,
-            "exact_match_before": exact_match(samples, after=False),
-            "exact_match_after": exact_match(samples, after=True),
-        },
-        "plan": measured_beside(plan, peak_bytes=peak_bytes, tokens_per_s=speed, train_s=position.train_s),
-        "notes": list(notes),
-    }
 
 
 def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:

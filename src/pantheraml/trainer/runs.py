@@ -16,8 +16,7 @@ from pantheraml.export.gguf import export_gguf
 from pantheraml.export.ollama import write_modelfile
 from pantheraml.export.safetensors import atomic_folder, merge
 from pantheraml.hardware.backend import open_backend
-from pantheraml.hardware.detect import detect
-from pantheraml.hardware.select import select
+from pantheraml.hardware.find import find
 from pantheraml.models.generate import generate
 from pantheraml.models.load import load_model, load_tokenizer
 from pantheraml.recipe.load import load_recipe
@@ -213,7 +212,7 @@ def load_target(spec: ModelSpec, *, adapter: Path | None = None, format: Format 
     import torch
 
     ask = ask or HardwareAsk()
-    device, _ = select(detect(None if ask.kind == "auto" else {ask.kind}), ask)
+    device = find(ask).device
     backend = open_backend(device.kind)
     backend.set_threads(ask.threads)
     dtype = getattr(torch, spec.dtype if spec.dtype != "auto" else device.dtypes[0])
