@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import platform
 import re
 import subprocess
 import sys
@@ -149,6 +150,10 @@ LOOKALIKES = [
     "RuntimeError: CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     # Raised with memory to spare, and after it even good tensors cannot be read (intel/torch-xpu-ops#1324, #1526).
     "RuntimeError: UR backend failed. UR backend returns:40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
+    # oneDNN has no kernel for it: torch 2.13 on a CPU, of a product in float8.
+    "RuntimeError: could not create a primitive descriptor for the inner product forward propagation primitive. Run workload with "
+    "environment variable ONEDNN_VERBOSE=all to get additional diagnostic information.",
+    "RuntimeError: could not create a primitive descriptor for a reorder primitive",  # an older oneDNN, under PaddleOCR
     "RuntimeError: Could not initialize NNPACK! Reason: Out of memory.",  # torch says so in a warning, and does without
     "RuntimeError: RESOURCE_EXHAUSTED: Received message larger than max (4194400 vs. 4194304)",  # gRPC
     "RuntimeError: RESOURCE_EXHAUSTED: Quota exceeded for quota metric",
@@ -231,6 +236,40 @@ def test_xla_on_a_cpu():
     pytest.importorskip("jaxlib")
     done = subprocess.run([sys.executable, "-c", XLA], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "out of memory True\n"
+
+
+# One product in bfloat16, in children with more and more room beside its result. oneDNN 3.12 itself crashes with less room still.
+PRODUCTS = """
+import os, resource
+from pathlib import Path
+import torch
+from pantheraml.hardware.failures import classify
+torch.set_num_threads(1)
+for room in range(0, 4 << 20, 1 << 17):
+    if not os.fork():
+        x = torch.ones(1024, 64, dtype=torch.bfloat16)
+        held = torch.ones(1024, 1024, dtype=torch.bfloat16)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, resource.RLIM_INFINITY))
+        del held
+        try:
+            torch.nn.functional.linear(x, x)
+            said = "fine"
+        except RuntimeError as error:
+            said = f"{classify(error)}: {str(error)[:80]}"
+        os.write(1, said.encode() + b"\\n")
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the limit and what counts against it are Linux's")
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no oneDNN kernel for bfloat16 on this CPU")
+def test_a_kernel_that_finds_no_room_is_out_of_memory():
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, timeout=120, check=True)
+    said = done.stdout.splitlines()
+    assert "out of memory: could not create a primitive" in said and said[-1] == "fine", said
+    assert all(line == "fine" or line.startswith("out of memory: ") for line in said), said
 
 
 def test_what_an_error_was_raised_from_counts_and_what_was_merely_handled_does_not():

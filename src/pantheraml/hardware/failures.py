@@ -136,6 +136,25 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("out of memory", r": std::bad_alloc\b", "RuntimeError: std::bad_alloc", "HiLab-git/SSL4MIS#66, from backward"),
     Row(
+        "out of memory",
+        # oneDNN, for products in bfloat16 and convolutions. It says this of any failure once it has settled on a kernel, and
+        # keeps the status to itself: nearly always that memory was refused, for the machine code of the kernel or for what it
+        # works in. It is also said where no memory may be executable (pytorch/pytorch#143651) and of bugs in Intel's GPU
+        # compiler (pytorch/pytorch#194418): smaller pieces do not help there, and the last error is raised. What oneDNN does
+        # not support has words of its own, "could not create a primitive descriptor for ...".
+        r": could not create a primitive$",
+        "RuntimeError: could not create a primitive",
+        f"{_RAISED} without room for the code; pytorch/pytorch#55884, where a smaller picture helped",
+    ),
+    Row(
+        "out of memory",
+        # The same for a kernel that is running: those that allocate then, a product in bfloat16 without instructions for it
+        # among them (gemm_bf16_matmul.cpp), say nothing else of a refusal. Not seen here, and ambiguous in the same way.
+        r": could not execute a primitive$",
+        "RuntimeError: could not execute a primitive",
+        "the text and the status in oneDNN 3.13, dnnl.hpp and src/cpu/matmul",
+    ),
+    Row(
         "device lost",
         r"\bUR_RESULT_ERROR_DEVICE_LOST\b",
         "RuntimeError: level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)",
