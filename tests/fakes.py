@@ -96,7 +96,7 @@ class FakeBackend:
     def set_threads(self, threads: int | None) -> int:
         return torch.get_num_threads() if threads is None else threads
 
-    def synchronize(self) -> None:
+    def synchronize(self, index: int | None = None) -> None:
         return
 
     def memory(self, index: int) -> MemoryUse:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,7 @@ def test_a_measurement_of_bench_goes_before_the_probe(tmp_path: Path) -> None:
         "copy_bytes": 1,
         "host_bytes_per_s": None,
         "launch_s": 1e-5,
-        "threads": 1,
+        "threads": torch.get_num_threads(),
     }
     kept = Measured(device="cpu:0", name=device.name, dtype=device.dtypes[0], torch=torch.__version__, date="2026-01-01", **figures)  # pyright: ignore[reportArgumentType]
     remember(kept, tmp_path / "cache")
@@ -305,3 +306,52 @@ def test_a_measurement_of_bench_goes_before_the_probe(tmp_path: Path) -> None:
 def test_the_public_names_are_at_the_top() -> None:
     assert pantheraml.get_device_manager is get_device_manager and pantheraml.DeviceManager is DeviceManager
     assert isinstance(get_device_manager(prefer="cpu").backend(), CpuBackend)
+
+
+def test_free_memory_is_asked_now_and_not_remembered() -> None:
+    class Full(FakeBackend):
+        def memory(self, index: int) -> MemoryUse:
+            return replace(super().memory(index), free_bytes=0)
+
+    manager = machine(Full("cuda", peak_flops=4e14))
+    with pytest.raises(DeviceError, match="not even one example"):
+        manager.get_batch_config(1, shape=decoder_shape())
+    with pytest.raises(DeviceError) as caught:
+        manager.choose(Workload(flops=1.0, memory_bytes=GIB))
+    assert "0 KiB may be filled" in caught.value.why
+
+
+def test_synchronize_waits_for_the_device_that_is_named() -> None:
+    waited: list[int | None] = []
+
+    class Counted(FakeBackend):
+        def synchronize(self, index: int | None = None) -> None:
+            waited.append(index)
+
+    machine(Counted("cuda", count=2)).synchronize("cuda:1")
+    assert waited == [1]
+
+
+def test_prices_are_of_devices_and_amounts() -> None:
+    ask = HardwareAsk(usd_per_hour=2.0)
+    manager = machine(FakeBackend("cuda"), FakeBackend("cpu"), ask=ask)
+    assert (manager.price("cuda").usd_per_hour, manager.price("cpu").usd_per_hour) == (2.0, None)
+    assert manager.price("cpu").source == "simulated: nobody rents it"
+    with pytest.raises(DeviceError, match="'cdua' is no name of a device"):
+        machine(FakeBackend("cpu"), usd_per_hour={"cdua": 1.0})
+    with pytest.raises(ValueError, match="an amount of dollars"):
+        machine(FakeBackend("cpu"), usd_per_hour={"cpu": -1.0})
+    for wrong in (-5.0, float("nan")):
+        with pytest.raises(ValueError, match="a number of seconds"):
+            manager.cost(wrong)
+
+
+def test_errors_use_the_words_in_which_something_was_asked() -> None:
+    manager = machine(FakeBackend("cpu"))
+    with pytest.raises(DeviceError, match="device_id='cuda:1' asks for cuda, but no cuda device answered; here is cpu:0"):
+        manager.use("cuda:1")
+    if not any(device.kind == "cuda" for device in get_device_manager(prefer="cpu").devices):
+        with pytest.raises(DeviceError, match="prefer='cuda:1' asks for cuda, but no cuda device answered; here is cpu:0"):
+            get_device_manager(prefer="cuda:1")
+    with pytest.raises(DeviceError, match="3 is no name of a device"):
+        get_device_manager(prefer=3)  # pyright: ignore[reportArgumentType]

@@ -168,7 +168,8 @@ class FastLanguageModel:
         from pantheraml.recipe.types import HardwareAsk
 
         kind, index = parse_device(device)
-        chosen = find(None if kind == "auto" else HardwareAsk(kind=kind, index=index or 0)).device
+        ask = None if kind == "auto" else HardwareAsk(kind=kind, index=index or 0)
+        chosen = find(ask, asked_by=None if ask is None else f"device={device!r}").device
         backend = open_backend(chosen.kind)
         name = str(dtype).removeprefix("torch.") if dtype is not None else chosen.dtypes[0]
         arithmetic = getattr(torch, name, None)

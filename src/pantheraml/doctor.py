@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.errors import DeviceError
+from pantheraml.errors import DeviceError, StorageError
 from pantheraml.hardware.backend import Backend, MemoryUse, Telemetry, backend_of
 from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.detect import detect
@@ -43,6 +44,7 @@ OPTIONAL = (
     ("wandb", "wandb", "run.reporters=wandb", "wandb"),
 )
 LITTLE_DISK_BYTES = 10 << 30
+BETWEEN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +72,10 @@ class Examined:
 
     Attributes:
         facts: what its probe saw. memory, telemetry: what its driver tells now. smoke: the steps that were tried.
-        kernels: operation -> the function that would compute it. quantizers: ways to hold a base in few bits that would work now.
+        kernels: operation -> the function that would compute it. quantizers: ways to hold a base in few bits whose packages are installed.
         price: of an hour. measured: by `--bench`, now or before with this torch; None: never.
         peak_share, copy_share: what was measured over what the catalog says is possible; None where either is unknown.
+        trouble: why a measurement was not kept.
     """
 
     facts: Device
@@ -85,6 +88,7 @@ class Examined:
     measured: Measured | None
     peak_share: float | None
     copy_share: float | None
+    trouble: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +173,7 @@ class DoctorReport:
         parts += [_computed(self.devices), _packages((*self.basics, *self.optional) if verbose else self.basics)]
         parts += [Text(f"set by the environment: {name}={value}") for name, value in self.settings.items()]
         parts += [Text(f"advice: {advice}") for advice in self.recommendations]
+        parts += [Text(f"note: {each.trouble}") for each in self.devices if each.trouble]
         parts += [Text(f"problem: {problem}", style="red") for problem in self.problems] or [Text("ready to train", style="green")]
         return Group(*parts)
 
@@ -188,7 +193,11 @@ def report(runs_folder: str = "runs", *, bench: bool = False) -> DoctorReport:
         system=platform.platform(terse=True),
         device=None if chosen is None else str(chosen),
         why=why,
-        devices=tuple(examine(device, settings.usd_per_hour, settings.cache, bench=bench) for device in inventory.devices),
+        devices=tuple(
+            # The price of the settings is that of the device they choose.
+            examine(device, settings.usd_per_hour if device == chosen else None, settings.cache, bench=bench)
+            for device in inventory.devices
+        ),
         absent=inventory.absent,
         basics=tuple(_package(name, name, "the basic installation", name) for name in BASICS),
         optional=tuple(_package(*row) for row in OPTIONAL),
@@ -201,23 +210,23 @@ def report(runs_folder: str = "runs", *, bench: bool = False) -> DoctorReport:
 def examine(
     device: Device, own_usd_per_hour: float | None, cache: Path, *, bench: bool = False, backend: Backend | None = None
 ) -> Examined:
-    """Ask a device everything. With `bench` its speed is measured and kept in `cache`.
-
-    Raises: StorageError if the measurement cannot be kept.
-    """
+    """Ask a device everything. With `bench` its speed is measured and kept in `cache`."""
     backend = backend or backend_of(device)
-    measured = None
+    measured, trouble = None, None
     if device.dtypes and not device.simulated:
         measured = measure(backend, device) if bench else remembered(device, cache)
         if bench and measured:
-            remember(measured, cache)
+            try:
+                remember(measured, cache)
+            except StorageError as error:
+                trouble = f"{error.what}: {error.fix}"
     entry = None if device.simulated else lookup(device.kind, device.name, device.memory_bytes)
     peak = entry.flops.get(measured.dtype) if entry and measured else None
     bandwidth = entry.bandwidth_bytes_per_s if entry else None
     return Examined(
         facts=device,
         memory=backend.memory(device.index),
-        telemetry=backend.telemetry(device.index),
+        telemetry=_told(backend, device),
         smoke=smoke_steps(backend, device),
         kernels=installed(device.kind) if device.dtypes else {},  # nothing trains there
         quantizers=available(backend.quantizers),
@@ -225,7 +234,17 @@ def examine(
         measured=measured,
         peak_share=measured.flops_per_s / peak if measured and peak else None,
         copy_share=measured.copy_bytes_per_s / bandwidth if measured and bandwidth else None,
+        trouble=trouble,
     )
+
+
+def _told(backend: Backend, device: Device) -> Telemetry:
+    """What the driver tells now. Load and power of some are means since the last question, so it is asked twice."""
+    told = backend.telemetry(device.index)
+    if None in (told.utilization, told.power_w):
+        time.sleep(BETWEEN_S)
+        told = backend.telemetry(device.index)
+    return told
 
 
 def smoke_steps(backend: Backend, device: Device) -> tuple[Smoke, ...]:

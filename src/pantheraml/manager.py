@@ -9,10 +9,11 @@ Training does not need it; it stands on the same rooms.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pantheraml.hardware.backend import Backend, MemoryUse, backend_of
@@ -26,7 +27,7 @@ from pantheraml.hardware.speed import remembered
 from pantheraml.planning.batch import BatchConfig, batch_by_factor, batch_by_shape
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.workload import Choice, Estimate, Objective, Profile, Workload, choose, estimate
-from pantheraml.recipe.kinds import kinds_meant
+from pantheraml.recipe.kinds import in_host_memory, kinds_meant
 from pantheraml.recipe.types import HardwareAsk
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryChange:
-    """What giving memory back brought: the same keys before and after; `freed_bytes` is how much more is free, None if unknown."""
+    """What giving memory back brought: the same keys before and after; `freed_bytes` is how much less this process holds, None if unknown."""
 
     before: MemoryUse
     after: MemoryUse
@@ -68,6 +69,10 @@ class DeviceManager:
     ) -> None:
         self._found, self._device, self._why = found, found.device, found.why
         self._prices = dict(usd_per_hour or {})
+        for name, price in self._prices.items():
+            parse_device(name)
+            if not 0 <= price < math.inf:
+                raise ValueError(f"usd_per_hour of {name} is an amount of dollars, not {price}")
         self._open = open_device
         self._backends: dict[str, Backend] = {}
 
@@ -93,7 +98,8 @@ class DeviceManager:
         if device_id is None:
             return self._device
         kind, index = parse_device(device_id)
-        return find(HardwareAsk(kind=kind, index=index or 0), inventory=self._found.inventory, training=False).device
+        ask = HardwareAsk(kind=kind, index=index or 0)
+        return find(ask, inventory=self._found.inventory, training=False, asked_by=f"device_id={device_id!r}").device
 
     def use(self, device_id: str) -> Device:
         """Go over to another device. Raises: DeviceError if it is not here; then nothing changes."""
@@ -125,7 +131,7 @@ class DeviceManager:
 
     def synchronize(self, device_id: str | None = None) -> None:
         """Wait until the device has done what it was given."""
-        self.backend(device_id).synchronize()
+        self.backend(device_id).synchronize(self.get_device(device_id).index)
 
     def barrier(self) -> None:
         """Wait for the other processes of a torch.distributed group; alone, for nobody."""
@@ -206,7 +212,7 @@ class DeviceManager:
         device = self.get_device(device_id)
         if shape is None:
             return batch_by_factor(device, base_batch_size, self._found.ask)
-        free = self.memory(str(device)).free_bytes or device.free_bytes
+        free = self.memory(str(device)).free_bytes
         return batch_by_shape(device, base_batch_size, shape, free_bytes=free, max_tokens=max_tokens, lora_rank=lora_rank)
 
     # ---- Memory --------------------------------------------------------------------------------------------------
@@ -238,19 +244,24 @@ class DeviceManager:
         before = self.memory(device_id)
         deed()
         after = self.memory(device_id)
-        known = before.free_bytes is not None and after.free_bytes is not None
-        return MemoryChange(before=before, after=after, freed_bytes=(after.free_bytes or 0) - (before.free_bytes or 0) if known else None)
+        # What this process gave back: the machine's free memory also moves with every other program.
+        held, holds = (use.used_bytes if use.reserved_bytes is None else use.reserved_bytes for use in (before, after))
+        return MemoryChange(before=before, after=after, freed_bytes=None if held is None or holds is None else held - holds)
 
     # ---- Time and money ------------------------------------------------------------------------------------------
 
     def price(self, device_id: str | None = None) -> Price:
         """Of an hour: your own for the device, its kind, or this manager; else the catalog's."""
         device = self.get_device(device_id)
-        own = self._prices.get(str(device), self._prices.get(device.kind, self._found.ask.usd_per_hour))
+        # The price of the settings is that of the device they choose, not of everything here.
+        asked = self._found.ask.usd_per_hour if device == self._found.device else None
+        own = self._prices.get(str(device), self._prices.get(device.kind, asked))
         return price_of(device, own)
 
     def cost(self, device_s: float, device_id: str | None = None) -> Cost:
-        """Of so many measured seconds on a device."""
+        """Of so many measured seconds on a device. Raises: ValueError if they are no amount."""
+        if not 0 <= device_s < math.inf:
+            raise ValueError(f"device_s is a number of seconds, not {device_s}")
         price = self.price(device_id)
         return Cost(usd=price.of(device_s), usd_per_hour=price.usd_per_hour, source=price.source)
 
@@ -272,7 +283,8 @@ class DeviceManager:
             device=device,
             flops_per_s=flops,
             flops_source=source,
-            host_bytes_per_s=measured.host_bytes_per_s if measured else None,
+            free_bytes=self.memory(str(device)).free_bytes,
+            host_bytes_per_s=math.inf if in_host_memory(device.kind) else measured.host_bytes_per_s if measured else None,
             launch_s=measured.launch_s if measured else None,
             usd_per_hour=price.usd_per_hour,
             price_source=price.source,
@@ -332,9 +344,7 @@ def get_device_manager(
     complete, _ = read_settings().over(ask)
     # All kinds are looked for whatever is asked: a manager can go over to another device later.
     everything = detect(kinds_meant("auto"), simulate_tpu=complete.simulate_tpu) if inventory is None else inventory
-    found = find(ask, inventory=everything, training=False)
-    if prefer is not None:
-        found = replace(found, why=found.why.replace("the recipe", f"prefer={prefer!r}"))
+    found = find(ask, inventory=everything, training=False, asked_by=None if prefer is None else f"prefer={prefer!r}")
     return DeviceManager(found, usd_per_hour=usd_per_hour)
 
 

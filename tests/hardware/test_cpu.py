@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,3 +260,18 @@ def test_an_intel_gpu_is_watched_where_its_sensors_are_surely_its_own(
     (card / "energy1_input").write_text("2000000\n")
     watts = backend.telemetry(0).power_w
     assert watts is None if not known else watts is not None and watts > 0
+
+
+def test_a_limit_on_addresses_counts_as_memory() -> None:
+    code = "from pantheraml.hardware.cpu import usable_memory; print(*usable_memory())"
+    limit = 6 << 30
+    done = subprocess.run(
+        ["sh", "-c", f'ulimit -v {limit >> 10} && exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    total, free = map(int, done.stdout.split())
+    assert total == min(limit, usable_memory()[0])
+    assert free < total

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, fake_device
 
 from pantheraml.hardware import detect as detect_module
 from pantheraml.hardware.detect import detect
@@ -43,3 +43,16 @@ def test_detect_does_not_hide_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(detect_module, "open_backend", lambda kind: Wrong(kind))
     with pytest.raises(TypeError):
         detect()
+
+
+def test_one_device_that_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(FakeBackend):
+        def probe(self) -> tuple[Device | Absent, ...]:
+            full = Absent(kind="cuda", why="cuda:0 (Fake) did not answer: CUDA out of memory", fix="free its memory")
+            return (full, fake_device("cuda", 1))
+
+    fakes = {"cuda": Half("cuda"), "cpu": FakeBackend("cpu")}
+    monkeypatch.setattr(detect_module, "open_backend", fakes.__getitem__)
+    inventory = detect(["cuda", "cpu"])
+    assert [str(device) for device in inventory.devices] == ["cuda:1", "cpu:0"]
+    assert [absent.why for absent in inventory.absent] == ["cuda:0 (Fake) did not answer: CUDA out of memory"]

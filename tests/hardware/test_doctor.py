@@ -139,9 +139,25 @@ def test_a_simulated_device_is_marked(tmp_path: Path) -> None:
     assert any("is simulated" in advice for advice in seen.recommendations)
 
 
+def test_a_measurement_that_cannot_be_kept_is_shown_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("PANTHERAML_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(speed, "LONG_ENOUGH_S", 0.001)
+    seen = report(bench=True)
+    assert all(each.measured and "cannot be kept" in (each.trouble or "") for each in seen.devices if each.facts.dtypes)
+    assert "note: the measured speed cannot be kept" in shown(seen) and seen.problems == ()
+
+
+def test_the_price_of_the_settings_is_that_of_the_chosen_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPUTE_USD_PER_HOUR", "2")
+    monkeypatch.setenv("PANTHERAML_SIMULATE_TPU", "1")
+    prices = {each.facts.kind: each.price for each in report().devices}
+    assert prices["cpu"].usd_per_hour == 2 and prices["tpu"].usd_per_hour is None
+
+
 def test_a_dtype_that_does_not_train_is_a_problem(tmp_path: Path) -> None:
     class Broken(FakeBackend):
-        def synchronize(self) -> None:
+        def synchronize(self, index: int | None = None) -> None:
             raise RuntimeError("the device is lost")
 
     device = fake_device("cuda", dtypes=("float32",))
@@ -155,7 +171,7 @@ def test_nothing_to_train_on_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> No
     seen = report()
     if any(each.facts.kind == "tpu" for each in seen.devices):
         pytest.skip("a TPU is here")
-    assert seen.device is None and "hardware.kind=tpu (asked for by the environment" in seen.problems[0]
+    assert seen.device is None and "COMPUTE_PREFER=tpu asks for tpu, but no tpu device answered; here is cpu:0" in seen.problems[0]
 
 
 def test_smoke_leaves_the_callers_random_numbers_alone() -> None:

@@ -70,6 +70,26 @@ def test_a_cache_that_is_not_ours_holds_nothing(cpu: Device, measured: Measured,
     assert remembered(cpu, tmp_path) == measured
 
 
+@pytest.mark.parametrize("wrong", [{"flops_per_s": 0}, {"launch_s": -5.0}, {"copy_bytes_per_s": "fast"}])
+def test_a_row_that_is_no_measurement_is_left_out_and_the_others_stay(
+    cpu: Device, measured: Measured, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    file = remember(replace(measured, device="cpu:1"), tmp_path)
+    file.write_text(json.dumps([*json.loads(file.read_text()), {**json.loads(file.read_text())[0], "device": "cpu:0", **wrong}]))
+    assert remembered(cpu, tmp_path) is None
+    remember(measured, tmp_path)
+    assert [row["device"] for row in json.loads(file.read_text())] == ["cpu:1", "cpu:0"]
+
+
+def test_a_figure_with_other_threads_is_not_used(cpu: Device, measured: Measured, tmp_path: Path) -> None:
+    remember(replace(measured, threads=measured.threads + 1), tmp_path)
+    assert remembered(cpu, tmp_path) is None
+
+
+def test_a_user_without_a_home_has_no_figures(cpu: Device) -> None:
+    assert remembered(cpu, Path("~nobody-of-this-name/cache")) is None
+
+
 def test_a_cache_that_cannot_be_written_is_named(measured: Measured, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError, match="the measured speed cannot be kept") as caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from tests.fakes import GIB, decoder_shape, fake_device
 
@@ -23,6 +25,7 @@ def profile(
 ) -> Profile:
     return Profile(
         device=fake_device(kind, index, memory_bytes=memory_gib * GIB),
+        free_bytes=memory_gib * GIB,
         flops_per_s=flops,
         flops_source="told by the test",
         host_bytes_per_s=host,
@@ -65,7 +68,7 @@ def test_a_budget_leaves_out_what_costs_more_or_has_no_price() -> None:
 
 
 def test_size_decides_between_a_near_and_a_fast_device() -> None:
-    near, far = profile("cpu", 1e12), profile("cuda", 4e14, host=1e10, launch=1e-5)
+    near, far = profile("cpu", 1e12, host=math.inf), profile("cuda", 4e14, host=1e10, launch=1e-5)
     small, large = Workload(flops=1e9, transfer_bytes=10**8), Workload(flops=1e15, transfer_bytes=10**8)
     assert choose(small, [far, near]).device.kind == "cpu"  # 1 ms against 10 ms for the copy
     assert choose(large, [near, far]).device.kind == "cuda"  # 1000 s against 2.5 s
@@ -104,3 +107,21 @@ def test_a_training_run_is_tokens_times_flops_at_the_speed_of_a_step() -> None:
 def test_an_objective_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="objective is time, cost or balanced"):
         choose(Workload(flops=1.0), [FAST], "speed")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_part_whose_speed_nobody_knows_is_not_nothing() -> None:
+    unmeasured = profile("cuda", 4e14)
+    assert estimate(Workload(flops=1e9, transfer_bytes=10**14), unmeasured).time_s is None
+    assert estimate(Workload(flops=1e9, launches=1), unmeasured).time_s is None
+    assert estimate(Workload(flops=1e9), unmeasured).time_s == pytest.approx(2.5e-6)
+    chosen = choose(Workload(flops=1e9, transfer_bytes=10**14), [unmeasured, profile("cpu", 1e12, host=math.inf)])
+    assert chosen.device.kind == "cpu" and chosen.why.startswith("the only one that can take it; speed:")
+    assert "how fast data moves to it is not known" in (chosen.estimates[0].excluded or "")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"flops": -1.0}, {"flops": math.nan}, {"flops": 1.0, "utilization": 0.0}, {"flops": 1.0, "transfer_bytes": -1}]
+)
+def test_amounts_that_are_none_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="finite amounts"):
+        Workload(**wrong)  # pyright: ignore[reportArgumentType]

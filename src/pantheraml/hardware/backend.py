@@ -61,8 +61,8 @@ class Backend(Protocol):
     quantizers: tuple[str, ...]
     """Ways to hold a frozen base in few bits ("nf4"); empty: none here."""
 
-    def probe(self) -> tuple[Device, ...] | Absent:
-        """Run a small computation on each device and describe those that answer."""
+    def probe(self) -> tuple[Device | Absent, ...] | Absent:
+        """Run a small computation on each device: what answers is described, what does not says why."""
         ...
 
     def torch_device(self, index: int) -> torch.device:
@@ -81,8 +81,8 @@ class Backend(Protocol):
         """CPU threads for torch; None: all cores this process may use. Returns the number set."""
         ...
 
-    def synchronize(self) -> None:
-        """Wait until the device is idle, before reading a clock."""
+    def synchronize(self, index: int | None = None) -> None:
+        """Wait until a device is idle, before reading a clock. None: the current one."""
         ...
 
     def memory(self, index: int) -> MemoryUse:

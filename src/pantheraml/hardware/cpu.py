@@ -75,7 +75,7 @@ class CpuBackend:
         torch.set_num_threads(usable_cores() if threads is None else threads)
         return torch.get_num_threads()
 
-    def synchronize(self) -> None:
+    def synchronize(self, index: int | None = None) -> None:
         """Nothing: operators return when they are done."""
 
     def memory(self, index: int) -> MemoryUse:
@@ -175,6 +175,7 @@ def usable_cores(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
 def usable_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:
     """(all, free) bytes that this process may really use: the machine's, or the container's limit where that is lower.
 
+    `ulimit -v` counts too, against the addresses that this process has taken.
     A container sees the machine's memory in /proc/meminfo, but is killed at the limit of its control group (v1 or v2).
     """
     machine = psutil.virtual_memory()
@@ -189,7 +190,20 @@ def usable_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
                 continue  # v1 writes "no limit" as a number near 2**63
             used = (_number(folder / used_file) or 0) - _entry(folder / "memory.stat", reclaimable)
             total, free = min(total, limit), min(free, max(0, limit - max(0, used)))
+    limit = _address_limit()
+    if limit is not None and limit < total:
+        total, free = limit, min(free, max(0, limit - psutil.Process().memory_info().vms))
     return total, free
+
+
+def _address_limit() -> int | None:
+    """Bytes of addresses that this process may take (`ulimit -v`); None: no limit, or a system without."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:

@@ -33,7 +33,7 @@ class CudaBackend:
     def __init__(self) -> None:
         self.attention = ("flash_attention_2", "sdpa", "eager") if find_spec("flash_attn") else ("sdpa", "eager")
 
-    def probe(self) -> tuple[Device, ...] | Absent:
+    def probe(self) -> tuple[Device | Absent, ...] | Absent:
         """Multiply matrices on each GPU. An old driver, no driver and a torch without CUDA are told apart."""
         if torch.version.cuda is None and torch.version.hip is None:
             return _without_cuda(nvidia.list_cards())
@@ -48,7 +48,18 @@ class CudaBackend:
                 fix="install or update the GPU's driver until nvidia-smi (rocm-smi) lists the GPU",
                 seen=listing.seen,
             )
-        return tuple(self._describe(index) for index in range(torch.cuda.device_count()))
+        return tuple(self._describe_or_why(index) for index in range(torch.cuda.device_count()))
+
+    def _describe_or_why(self, index: int) -> Device | Absent:
+        """One GPU that fails (full, lost) must not hide the others."""
+        try:
+            return self._describe(index)
+        except RuntimeError as error:
+            return Absent(
+                kind="cuda",
+                why=f"cuda:{index} ({torch.cuda.get_device_name(index)}) did not answer: {str(error).strip().splitlines()[0]}",
+                fix="free its memory if another program holds it, or reset it",
+            )
 
     def _describe(self, index: int) -> Device:
         properties = torch.cuda.get_device_properties(index)
@@ -93,9 +104,9 @@ class CudaBackend:
             torch.set_num_threads(threads)
         return torch.get_num_threads()
 
-    def synchronize(self) -> None:
-        """Wait for the current GPU."""
-        torch.cuda.synchronize()
+    def synchronize(self, index: int | None = None) -> None:
+        """Wait for a GPU; None: the current one."""
+        torch.cuda.synchronize(index)
 
     def memory(self, index: int) -> MemoryUse:
         """What torch's tensors hold, held at most, and what the driver has left."""

@@ -29,12 +29,13 @@ def detect(kinds: Iterable[Kind] | None = None, *, simulate_tpu: bool = False) -
             answer = Absent(
                 kind=kind,
                 why=f"it did not answer: {_first_line(error)}",
-                fix=f"repair the {kind} driver or torch, then run pantheraml doctor",
+                fix=f"repair the {kind} driver or torch, then run pantheraml devices",
             )
-        if isinstance(answer, Absent):
-            absent.append(answer)
-        else:
-            devices.extend(answer)
+        for each in (answer,) if isinstance(answer, Absent) else answer:
+            if isinstance(each, Absent):
+                absent.append(each)
+            else:
+                devices.append(each)
     return Inventory(devices=tuple(devices), absent=tuple(absent))
 
 

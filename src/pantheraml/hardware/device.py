@@ -25,10 +25,11 @@ class Device:
     Attributes:
         kind, index: how it is addressed; ``str(device)`` is ``kind:index``.
         name: as the driver or the operating system reports it.
-        memory_bytes: all of it. free_bytes: what was free when it was probed.
+        memory_bytes: all of it. free_bytes: what was free when it was probed. None where nobody tells; of a TPU whose
+            memory JAX does not tell, memory_bytes is the vendor's figure.
         dtypes: names of the dtypes that train well here, fastest first ("bfloat16", "float32"). Empty: it answers, but
             no engine of ours trains on it yet.
-        peak_flops: FLOP/s measured by a matrix product in the first of `dtypes`; None if not measured.
+        peak_flops: FLOP/s measured by a short matrix product in the first of `dtypes`; None if not measured.
         capability: what programs are compiled for: "9.0" on CUDA, "gfx942" on ROCm, "v5e" for a TPU.
         cores: compute units as the vendor counts them (multiprocessors, cores).
         topology: how the chips of a TPU slice are connected ("2x4").
@@ -38,8 +39,8 @@ class Device:
     kind: Kind
     index: int
     name: str
-    memory_bytes: int
-    free_bytes: int
+    memory_bytes: int | None
+    free_bytes: int | None
     dtypes: tuple[str, ...]
     peak_flops: float | None = None
     capability: str | None = None
@@ -92,11 +93,11 @@ class Inventory:
 
 def parse_device(word: str) -> tuple[str, int | None]:
     """`cuda:1` is ("cuda", 1), `cuda` is ("cuda", None). Raises: DeviceError if it is neither."""
-    kind, colon, index = word.strip().lower().partition(":")
+    kind, colon, index = str(word).strip().lower().partition(":")
     if kind not in ("auto", "gpu", *KINDS) or (colon and not index.isdecimal()) or (colon and kind == "auto"):
         raise DeviceError(
             f"{word!r} is no name of a device",
-            why=f"a name is auto, gpu, or one of {', '.join(KINDS)}, the last with an index if you like (cuda:1)",
+            why=f"a name is auto, gpu, or one of {', '.join(KINDS)}; all but auto with an index if you like (cuda:1)",
             fix="run pantheraml devices to see what is here",
         )
     return kind, int(index) if colon else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pantheraml.errors import DeviceError
 from pantheraml.hardware.detect import detect
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.select import select
@@ -28,16 +29,26 @@ class Found:
     inventory: Inventory
 
 
-def find(ask: HardwareAsk | None = None, *, inventory: Inventory | None = None, training: bool = True) -> Found:
+def find(
+    ask: HardwareAsk | None = None, *, inventory: Inventory | None = None, training: bool = True, asked_by: str | None = None
+) -> Found:
     """Look for what is asked (None: whatever the environment or `auto` gives), and choose.
 
     Args:
+        asked_by: who asks, for the reason and for errors, where it is not the recipe or the environment.
         inventory: what was found before; None: look now.
         training: the device must be one that an engine trains on.
     Raises: DeviceError if it is not here; RecipeError if a variable of the environment cannot be used.
     """
-    complete, asked_by = read_settings().over(ask or HardwareAsk())
-    if inventory is None:
-        inventory = detect(kinds_meant(complete.kind), simulate_tpu=complete.simulate_tpu)
-    device, why = select(inventory, complete, asked_by, training=training)
-    return Found(device=device, why=why, ask=complete, asked_by=asked_by, inventory=inventory)
+    complete, environment = read_settings().over(ask or HardwareAsk())
+    by = asked_by or environment
+    here = inventory or detect(kinds_meant(complete.kind), simulate_tpu=complete.simulate_tpu)
+    try:
+        device, why = select(here, complete, by, training=training)
+    except DeviceError:
+        if inventory is not None or complete.kind == "auto":
+            raise
+        # Only what was asked for was looked for, and the error is to list everything that is here.
+        here = detect(simulate_tpu=complete.simulate_tpu)
+        device, why = select(here, complete, by, training=training)
+    return Found(device=device, why=why, ask=complete, asked_by=by, inventory=here)

@@ -52,8 +52,8 @@ class MpsBackend:
             kind="mps",
             index=0,
             name=_ask("get_name", platform.processor() or "Apple GPU"),
-            memory_bytes=use.total_bytes or 0,
-            free_bytes=use.free_bytes or 0,
+            memory_bytes=use.total_bytes,
+            free_bytes=use.free_bytes,
             # float32 first: the GPUs before the M3 only emulate bfloat16, and no curve of ours was compared on any.
             dtypes=("float32", "bfloat16") if self._multiplies_bfloat16() else ("float32",),
             peak_flops=matmul_flops(seconds, _PROBE_SIZE),
@@ -89,7 +89,7 @@ class MpsBackend:
             torch.set_num_threads(threads)
         return torch.get_num_threads()
 
-    def synchronize(self) -> None:
+    def synchronize(self, index: int | None = None) -> None:
         """Wait for the GPU."""
         torch.mps.synchronize()
 

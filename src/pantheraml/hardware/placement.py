@@ -55,6 +55,7 @@ def get_device_with_fallback(primary: Name = None, fallback: Name = "cpu") -> to
 
     Raises: DeviceError if the second is not here either.
     """
+    _ask(primary)  # a name that no device has is a mistake, not an absence
     try:
         return get_tpu_safe_device(primary)
     except DeviceError as error:
@@ -125,7 +126,7 @@ def _ask(device: Name) -> HardwareAsk:
     """What was said, and no more: what is left out stays open for the environment."""
     if device is None:
         return HardwareAsk()
-    if isinstance(device, int):
+    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
         return HardwareAsk(index=device)
     kind, index = parse_device(str(device))
     return HardwareAsk(kind=kind) if index is None else HardwareAsk(kind=kind, index=index)

@@ -24,7 +24,9 @@ def price_of(device: Device, own_usd_per_hour: float | None = None) -> Price:
     """Your own price, or the catalog's. A simulated device has none: nobody rents it."""
     if own_usd_per_hour is not None:
         return Price(usd_per_hour=own_usd_per_hour, source="your own price")
-    entry = None if device.simulated else lookup(device.kind, device.name, device.memory_bytes)
+    if device.simulated:
+        return Price(usd_per_hour=None, source="simulated: nobody rents it")
+    entry = lookup(device.kind, device.name, device.memory_bytes)
     if entry is None or entry.usd_per_hour is None:
         return Price(usd_per_hour=None, source="not in the catalog; set hardware.usd_per_hour")
     return Price(usd_per_hour=entry.usd_per_hour, source=f"{entry.price_source}, {entry.price_date}")

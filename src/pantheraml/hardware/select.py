@@ -26,7 +26,7 @@ def select(inventory: Inventory, ask: HardwareAsk, asked_by: str = "the recipe",
         elif refusal := _refusal(kind, of_kind[0], ask, training=training):
             passed.append(f"not {kind}: {refusal}")
         else:
-            return _of_index(of_kind, inventory, ask), _reason(ask, asked_by, passed)
+            return _of_index(of_kind, inventory, ask, asked_by), _reason(ask, asked_by, passed)
     raise _nothing(inventory, ask, asked_by, passed)
 
 
@@ -42,7 +42,7 @@ def _refusal(kind: Kind, device: Device, ask: HardwareAsk, *, training: bool) ->
     return None
 
 
-def _of_index(of_kind: list[Device], inventory: Inventory, ask: HardwareAsk) -> Device:
+def _of_index(of_kind: list[Device], inventory: Inventory, ask: HardwareAsk, asked_by: str) -> Device:
     for device in of_kind:
         if device.index == ask.index:
             return device
@@ -50,33 +50,35 @@ def _of_index(of_kind: list[Device], inventory: Inventory, ask: HardwareAsk) -> 
     indices = ", ".join(str(device.index) for device in of_kind)
     raise DeviceError(
         f"there is no {kind}:{ask.index}; here is {_here(inventory)}",
-        why=f"hardware.index={ask.index}, and the {kind} devices that answered have index {indices}",
-        fix=f"set hardware.index to {of_kind[0].index}",
+        why=f"{'hardware.index=' if asked_by == 'the recipe' else asked_by + ' asks for index '}{ask.index}, "
+        f"and the {kind} devices that answered have index {indices}",
+        fix=f"ask for {of_kind[0]}" if asked_by != "the recipe" else f"set hardware.index to {of_kind[0].index}",
     )
 
 
 def _nothing(inventory: Inventory, ask: HardwareAsk, asked_by: str, passed: list[str]) -> DeviceError:
     """What was asked is not there, or not allowed."""
-    by = "" if asked_by == "the recipe" else f" (asked for by {asked_by})"
-    asked = "" if ask.kind == "auto" else f"hardware.kind={ask.kind}{by}, but "
-    absent = next((absent for absent in inventory.absent if absent.kind in kinds_meant(ask.kind)), None)
+    asked = "" if ask.kind == "auto" else f"{_named(ask, asked_by)}, but "
+    wanted = [absent for absent in inventory.absent if absent.kind in kinds_meant(ask.kind)]
+    absent = wanted[0] if wanted else None
     if not inventory.devices:
         return DeviceError(
             f"{asked}no device answered",
             why="; ".join(f"{absent.kind}: {absent.why}" for absent in inventory.absent) or "nothing was asked to answer",
             fix=(absent.fix if absent else "run pantheraml doctor") + ("; or set hardware.kind to auto" if asked else ""),
         )
-    usable = next((device for device in inventory.devices if device.dtypes), inventory.devices[0])
-    others = ", or auto" if ask.allow_cpu or KINDS[usable.kind].family != "cpu" else ""
-    other = f"set hardware.kind to {usable.kind}{others}"
+    usable = next((device for device in inventory.devices if device.dtypes and device.kind not in kinds_meant(ask.kind)), None)
+    allowed = usable is None or ask.allow_cpu or KINDS[usable.kind].family != "cpu"
+    other = f"set hardware.kind to {', or '.join([*([usable.kind] if usable else []), *(['auto'] if allowed else [])])}"
     if ask.kind == "auto":
         return DeviceError(
             f"no device may be used; here is {_here(inventory)}",
             why="; ".join(passed),
-            fix=f"allow it (hardware.allow_cpu, hardware.allow_tpu, or their variables), or {other}",
+            fix="allow it (hardware.allow_cpu, hardware.allow_tpu, or their variables), or name it with hardware.kind",
         )
     refused = [reason for reason in passed if reason.startswith("not ")]
-    why = refused[0].partition(": ")[2] if refused else absent.why if absent else "it was not looked for, so nothing is known about it"
+    whys = "; ".join(absent.why if len(wanted) == 1 else f"{absent.kind}: {absent.why}" for absent in wanted)
+    why = refused[0].partition(": ")[2] if refused else whys or "it was not looked for, so nothing is known about it"
     return DeviceError(
         f"{asked}no {ask.kind} device answered; here is {_here(inventory)}"
         if not refused
@@ -84,6 +86,11 @@ def _nothing(inventory: Inventory, ask: HardwareAsk, asked_by: str, passed: list
         why=why,
         fix=f"{absent.fix}; or {other}" if absent and not refused else other,
     )
+
+
+def _named(ask: HardwareAsk, asked_by: str) -> str:
+    """What was asked, in the words in which it was."""
+    return f"hardware.kind={ask.kind}" if asked_by == "the recipe" else f"{asked_by} asks for {ask.kind}"
 
 
 def _here(inventory: Inventory) -> str:

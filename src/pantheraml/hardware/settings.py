@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pantheraml.errors import RecipeError
+from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import parse_device
 from pantheraml.recipe.types import HardwareAsk
 
@@ -19,20 +19,22 @@ class HardwareSettings(BaseSettings):
     """Environment variables. None: not set, so the recipe's default holds; `hardware` in a recipe has the same keys.
 
     Attributes:
-        device: `auto`, `gpu`, a kind, or one device of it (`cuda:1`).
+        device_type: `auto`, `gpu`, a kind, or one device of it (`cuda:1`). prefer: the same under its older name, where that is not set.
+        usd_per_hour: of the device that is chosen.
         cache: folder in which measured speeds are kept.
     """
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
-    device: str | None = Field(default=None, validation_alias=AliasChoices("PANTHERAML_DEVICE_TYPE", "COMPUTE_PREFER"))
+    device_type: str | None = Field(default=None, validation_alias="PANTHERAML_DEVICE_TYPE")
+    prefer: str | None = Field(default=None, validation_alias="COMPUTE_PREFER")
     allow_cpu: bool | None = Field(default=None, validation_alias="PANTHERAML_ALLOW_CPU")
     allow_tpu: bool | None = Field(default=None, validation_alias="COMPUTE_ALLOW_TPU")
     simulate_tpu: bool | None = Field(default=None, validation_alias="PANTHERAML_SIMULATE_TPU")
     tpu_batch_factor: int | None = Field(default=None, gt=0, validation_alias="COMPUTE_TPU_BATCH_FACTOR")
     gpu_batch_factor: int | None = Field(default=None, gt=0, validation_alias="COMPUTE_GPU_BATCH_FACTOR")
     cpu_batch_factor: int | None = Field(default=None, gt=0, validation_alias="COMPUTE_CPU_BATCH_FACTOR")
-    usd_per_hour: float | None = Field(default=None, ge=0, validation_alias="COMPUTE_USD_PER_HOUR")
+    usd_per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False, validation_alias="COMPUTE_USD_PER_HOUR")
     cache: Path = Field(default=Path("~/.cache/pantheraml"), validation_alias="PANTHERAML_CACHE")
 
     def over(self, ask: HardwareAsk) -> tuple[HardwareAsk, str]:
@@ -42,20 +44,21 @@ class HardwareSettings(BaseSettings):
         """
         said: dict[str, Any] = {
             name: value
-            for name, value in self.model_dump(exclude={"device", "cache"}).items()
+            for name, value in self.model_dump(exclude={"device_type", "prefer", "cache"}).items()
             if value is not None and name not in ask.model_fields_set
         }
         asked_by = RECIPE
-        if self.device is not None and "kind" not in ask.model_fields_set:
-            kind, index = parse_device(self.device)
+        variable, named = ("PANTHERAML_DEVICE_TYPE", self.device_type) if self.device_type else ("COMPUTE_PREFER", self.prefer)
+        if named and "kind" not in ask.model_fields_set:
+            try:
+                kind, index = parse_device(named)
+            except DeviceError as error:
+                raise DeviceError(f"{variable}={named}: {error.what}", why=error.why, fix=error.fix) from error
             said["kind"] = kind
             if index is not None and "index" not in ask.model_fields_set:
                 said["index"] = index
-            asked_by = f"the environment ({VARIABLE}={self.device})"
+            asked_by = f"{variable}={named}"
         return ask.model_copy(update=said), asked_by
-
-
-VARIABLE = "PANTHERAML_DEVICE_TYPE or COMPUTE_PREFER"
 
 
 def read_settings() -> HardwareSettings:

@@ -6,15 +6,18 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pantheraml.errors import StorageError
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.device import Device
+from pantheraml.recipe.kinds import in_host_memory
 
 LONG_ENOUGH_S = 0.05
 """A product or copy that takes so long is timed well by the clock, and by then the processor has left its caches."""
@@ -22,6 +25,9 @@ LARGEST_MATRIX = 16384
 LARGEST_COPY_BYTES = 4 << 30
 LAUNCHES = 200
 CACHE = "speed.json"
+
+
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +45,12 @@ class Measured:
     device: str
     name: str
     dtype: str
-    flops_per_s: float
+    flops_per_s: Amount
     matrix_size: int
-    copy_bytes_per_s: float
+    copy_bytes_per_s: Amount
     copy_bytes: int
-    host_bytes_per_s: float | None
-    launch_s: float
+    host_bytes_per_s: Amount | None
+    launch_s: Amount
     threads: int
     torch: str
     date: str
@@ -89,14 +95,15 @@ def measure(backend: Backend, device: Device) -> Measured:
     """
     where = backend.torch_device(device.index)
     dtype = getattr(torch, device.dtypes[0])
-    free = backend.memory(device.index).free_bytes or device.free_bytes
+    free = backend.memory(device.index).free_bytes
+    room = (free if free is not None else device.free_bytes or 0) // 4  # nobody tells: the smallest sizes only
     with torch.inference_mode():
         size, seconds = 1024, 0.0
         while True:
             left, right = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
             seconds = median_seconds(lambda a=left, b=right: a @ b, backend.synchronize)
             # A matrix is made in float32 first; three of the next size must find room.
-            if seconds >= LONG_ENOUGH_S or size >= LARGEST_MATRIX or 3 * (2 * size) ** 2 * 4 > free // 4:
+            if seconds >= LONG_ENOUGH_S or size >= LARGEST_MATRIX or 3 * (2 * size) ** 2 * 4 > room:
                 break
             size *= 2
         del left, right
@@ -105,7 +112,7 @@ def measure(backend: Backend, device: Device) -> Measured:
             source = torch.ones(copy_bytes, dtype=torch.uint8, device=where)
             target = torch.empty_like(source)
             copy_s = median_seconds(lambda a=target, b=source: a.copy_(b), backend.synchronize)
-            if copy_s >= LONG_ENOUGH_S or copy_bytes >= LARGEST_COPY_BYTES or 4 * copy_bytes > free // 4:
+            if copy_s >= LONG_ENOUGH_S or copy_bytes >= LARGEST_COPY_BYTES or 4 * copy_bytes > room:
                 break
             copy_bytes *= 2
         if where.type != "cpu":
@@ -136,12 +143,12 @@ def measure(backend: Backend, device: Device) -> Measured:
     )
 
 
-_CACHED = TypeAdapter(list[Measured])
+_CACHED = TypeAdapter(Measured)
 
 
 def remember(measured: Measured, folder: Path) -> Path:
     """Keep a measurement in a folder, in place of an older one of the same device. Raises: StorageError if it cannot be written."""
-    file = folder.expanduser() / CACHE
+    file = _file(folder)
     kept = [each for each in _read(file) if not _same(each, measured)]
     unfinished = file.with_suffix(f".{os.getpid()}")
     try:
@@ -158,22 +165,36 @@ def remember(measured: Measured, folder: Path) -> Path:
 
 
 def remembered(device: Device, folder: Path) -> Measured | None:
-    """What was measured of this device before, with this torch and in its first dtype; None: nothing."""
+    """What was measured of this device before, with this torch, in its first dtype and, on a CPU, with as many threads; None: nothing."""
     found = [
         each
-        for each in _read(folder.expanduser() / CACHE)
-        if (each.device, each.name, each.torch) == (str(device), device.name, torch.__version__) and each.dtype in device.dtypes[:1]
+        for each in _read(_file(folder))
+        if (each.device, each.name, each.torch) == (str(device), device.name, torch.__version__)
+        and each.dtype in device.dtypes[:1]
+        and (each.threads == torch.get_num_threads() or not in_host_memory(device.kind))
     ]
     return found[-1] if found else None
 
 
 def _same(one: Measured, other: Measured) -> bool:
-    return (one.device, one.name, one.dtype, one.torch) == (other.device, other.name, other.dtype, other.torch)
+    return (one.device, one.name, one.dtype, one.torch, one.threads) == (other.device, other.name, other.dtype, other.torch, other.threads)
+
+
+def _file(folder: Path) -> Path:
+    try:
+        return folder.expanduser() / CACHE
+    except RuntimeError:  # a user without a home, as containers have
+        return folder / CACHE
 
 
 def _read(file: Path) -> list[Measured]:
-    """What is kept; a file that is not there, or not ours, holds nothing."""
+    """What is kept; a file that is not there, or is no list, holds nothing, and a row that is no measurement is left out."""
     try:
-        return _CACHED.validate_json(file.read_bytes())
-    except (OSError, ValidationError):
+        rows = json.loads(file.read_bytes())
+    except (OSError, ValueError):
         return []
+    kept: list[Measured] = []
+    for row in rows if isinstance(rows, list) else ():
+        with suppress(ValidationError):
+            kept.append(_CACHED.validate_python(row))
+    return kept

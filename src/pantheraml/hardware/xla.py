@@ -93,7 +93,7 @@ class XlaBackend:
         return self.describe(answer)
 
     def describe(self, answer: Answer) -> tuple[Device, ...]:
-        """The devices of an answer. Raises: RuntimeError if nobody knows how much memory one has."""
+        """The devices of an answer."""
         if self._simulate:
             return tuple(self._simulated(index, answer) for index in range(len(answer.cores)))
         return tuple(self._device(index, core, answer) for index, core in enumerate(answer.cores))
@@ -105,8 +105,6 @@ class XlaBackend:
         total = core.bytes_limit
         if total is None and entry is not None and entry.memory_bytes is not None:
             total = entry.memory_bytes // per_chip
-        if total is None:
-            raise RuntimeError(f"{core.device_kind} computes, but neither JAX nor the catalog knows its memory")
         cores = core.num_cores
         if cores is None and entry is not None and entry.cores is not None:
             cores = entry.cores // per_chip
@@ -117,7 +115,7 @@ class XlaBackend:
             index=index,
             name=core.device_kind,
             memory_bytes=total,
-            free_bytes=total - (core.bytes_in_use or 0),  # one process holds a TPU, so nobody else uses any
+            free_bytes=None if core.bytes_in_use is None or total is None else total - core.bytes_in_use,  # one process holds a TPU
             dtypes=(),
             capability=generation,
             cores=cores,
@@ -214,7 +212,7 @@ class XlaBackend:
             torch.set_num_threads(threads)
         return torch.get_num_threads()
 
-    def synchronize(self) -> None:
+    def synchronize(self, index: int | None = None) -> None:
         """Wait for what this process gave to its devices. A device works off what it is given in order."""
         for device in self._opened():
             _add_one(device)

@@ -29,7 +29,7 @@ class XpuBackend:
     def __init__(self) -> None:
         self._power: dict[int, PowerMeter] = {}
 
-    def probe(self) -> tuple[Device, ...] | Absent:
+    def probe(self) -> tuple[Device | Absent, ...] | Absent:
         """Multiply matrices on each GPU. A torch without XPU and a missing driver are told apart."""
         if torch.version.xpu is None:
             return Absent(
@@ -41,7 +41,18 @@ class XpuBackend:
             return Absent(
                 kind="xpu", why="torch was built for XPU, but the driver lists no Intel GPU", fix="install Intel's GPU driver (Level Zero)"
             )
-        return tuple(self._describe(index) for index in range(torch.xpu.device_count()))
+        return tuple(self._describe_or_why(index) for index in range(torch.xpu.device_count()))
+
+    def _describe_or_why(self, index: int) -> Device | Absent:
+        """One GPU that fails (full, lost) must not hide the others."""
+        try:
+            return self._describe(index)
+        except RuntimeError as error:
+            return Absent(
+                kind="xpu",
+                why=f"xpu:{index} ({torch.xpu.get_device_name(index)}) did not answer: {str(error).strip().splitlines()[0]}",
+                fix="free its memory if another program holds it, or reset it",
+            )
 
     def _describe(self, index: int) -> Device:
         properties = torch.xpu.get_device_properties(index)
@@ -84,9 +95,9 @@ class XpuBackend:
             torch.set_num_threads(threads)
         return torch.get_num_threads()
 
-    def synchronize(self) -> None:
-        """Wait for the current GPU."""
-        torch.xpu.synchronize()
+    def synchronize(self, index: int | None = None) -> None:
+        """Wait for a GPU; None: the current one."""
+        torch.xpu.synchronize(index)
 
     def memory(self, index: int) -> MemoryUse:
         """What torch's tensors hold, held at most, and what the driver has left."""

@@ -66,6 +66,17 @@ def row_lengths(max_tokens: int, longest_example: int | None = None) -> tuple[in
     return tuple(lengths[-MOST_LENGTHS:])
 
 
+def known(free_bytes: int | None, device: Device) -> int:
+    """The free bytes of a device. Raises: DeviceError if nobody tells them."""
+    if free_bytes is None:
+        raise DeviceError(
+            f"how much memory is free on {device} ({device.label}) is not known",
+            why="without it nobody can say what fits",
+            fix="choose another device",
+        )
+    return free_bytes
+
+
 def rows_that_fit(need: Callable[[int], int], budget_bytes: int, *, most: int = 1 << 20) -> int:
     """The most rows for which need(rows) bytes are within the budget; 0 if not even one is. `need` must not fall as rows rise."""
     fits, fails = 0, 1
@@ -178,20 +189,21 @@ def batch_by_factor(device: Device, base: int, ask: HardwareAsk) -> BatchConfig:
         max_batch_size=None,
         device=device,
         decided_by="factor",
-        reason=f"the default factor of a {family.upper()}, {factor} x {base}, since no model is known" + _simulated(device),
+        reason=f"the factor of a {family.upper()} (a setting), {factor} x {base}, since no model is known" + _simulated(device),
         simulated=device.simulated,
     )
 
 
 def batch_by_shape(
-    device: Device, base: int, shape: ModelShape, *, free_bytes: int, max_tokens: int | None, lora_rank: int | None
+    device: Device, base: int, shape: ModelShape, *, free_bytes: int | None, max_tokens: int | None, lora_rank: int | None
 ) -> BatchConfig:
     """As many examples as training fits into HEADROOM of the free memory, in multiples of the base.
 
     Args:
         max_tokens: of an example; None: what the model can do, or 2048. lora_rank: None: every weight trains.
-    Raises: DeviceError if not even one fits.
+    Raises: DeviceError if not even one fits, or nobody tells how much memory is free.
     """
+    free_bytes = known(free_bytes, device)
     tokens = min(max_tokens or 2048, shape.max_tokens)
     each = 2 if device.dtypes[:1] == ("bfloat16",) else 4
 

@@ -12,7 +12,7 @@ from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
-from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, round_lengths, row_lengths
+from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.memory import MemoryEstimate, estimate_memory, format_bytes
 from pantheraml.planning.shape import ModelShape
@@ -150,7 +150,7 @@ def make_plan(
     mean_tokens = train_tokens / train_rows if train_tokens and train_rows else longest_example or max_tokens
     micro = choose_micro_tokens(
         memory_for,
-        free_bytes=device.free_bytes,
+        free_bytes=known(device.free_bytes, device),
         longest_row=row_tokens[-1],
         batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
         peak_flops=device.peak_flops,
@@ -175,7 +175,7 @@ def make_plan(
     reasons["memory"] = (
         f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
         f"optimizer {format_bytes(memory.optimizer_bytes)}, activations {format_bytes(memory.activations_bytes)}, "
-        f"logits {format_bytes(memory.logits_bytes)}, libraries {format_bytes(memory.runtime_bytes)}"
+        f"logits {format_bytes(memory.logits_bytes)}, libraries {format_bytes(memory.runtime_bytes)} (an allowance)"
         + ("" if shape.packs else "; the states of state-space layers are not counted, so expect more")
     )
     reasons["speed"] = (
@@ -342,7 +342,7 @@ def _remedies(
 ) -> tuple[str, ...]:
     """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each."""
     again = recipe.hardware.checkpointing != "off"
-    budget = device.free_bytes * HEADROOM
+    budget = (device.free_bytes or 0) * HEADROOM
 
     def fits(changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, checkpointing: bool = again) -> bool:
         return _memory(changed, shape, arithmetic, attention, row, row, checkpointing).total_bytes <= budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,14 +24,20 @@ class Workload:
     Attributes:
         flops: floating point operations in all. memory_bytes: the most that it holds.
         transfer_bytes: moved between ordinary memory and the device. launches: operations one after another.
-        utilization: share of a plain matrix product's speed that it reaches, 0 to 1.
+        utilization: share of a plain matrix product's speed that it reaches, above 0 and at most 1.
+    Raises: ValueError for a number that is no amount.
     """
 
     flops: float
     memory_bytes: int = 0
     transfer_bytes: int = 0
-    launches: int = 1
+    launches: int = 0
     utilization: float = 1.0
+
+    def __post_init__(self) -> None:
+        amounts = (self.flops, self.memory_bytes, self.transfer_bytes, self.launches)
+        if not all(0 <= amount < math.inf for amount in amounts) or not 0 < self.utilization <= 1:
+            raise ValueError(f"a workload has finite amounts of at least 0, and a utilization above 0 and up to 1: {self}")
 
     @classmethod
     def training(
@@ -43,9 +50,14 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What is known of a device; None is unknown. `flops_source` and `price_source` say who says so."""
+    """What is known of a device; None is unknown. `flops_source` and `price_source` say who says so.
+
+    Attributes:
+        free_bytes: now. host_bytes_per_s: from ordinary memory; infinite where the device works in it.
+    """
 
     device: Device
+    free_bytes: int | None
     flops_per_s: float | None
     flops_source: str
     host_bytes_per_s: float | None
@@ -78,16 +90,14 @@ class Choice:
 def estimate(workload: Workload, profile: Profile) -> Estimate:
     """Time and price of a workload on one device.
 
-    time = flops / (flops_per_s * utilization) + transfer_bytes / host_bytes_per_s + launches * launch_s, where parts
-    that are not known are left out; without flops_per_s the time is not known at all.
+    time = flops / (flops_per_s * utilization) + transfer_bytes / host_bytes_per_s + launches * launch_s. A part that the
+    work has and whose speed is not known makes the time unknown: it is not nothing.
     """
-    if profile.flops_per_s is None:
+    if _unknown_speed(workload, profile):
         return Estimate(device=profile.device, time_s=None, cost_usd=None)
-    time_s = workload.flops / (profile.flops_per_s * workload.utilization)
-    if profile.host_bytes_per_s:
-        time_s += workload.transfer_bytes / profile.host_bytes_per_s
-    if profile.launch_s:
-        time_s += workload.launches * profile.launch_s
+    time_s = workload.flops / ((profile.flops_per_s or math.inf) * workload.utilization)
+    time_s += workload.transfer_bytes / (profile.host_bytes_per_s or math.inf)
+    time_s += workload.launches * (profile.launch_s or 0.0)
     cost = None if profile.usd_per_hour is None else profile.usd_per_hour * time_s / 3600
     return Estimate(device=profile.device, time_s=time_s, cost_usd=cost)
 
@@ -118,25 +128,36 @@ def choose(workload: Workload, profiles: Sequence[Profile], objective: Objective
     best = min(possible, key=lambda each: (score(each), each.time_s or 0.0))
     profile = next(profile for profile in profiles if profile.device == best.device)
     what = {"time": "the least time", "cost": "the least cost", "balanced": "the least time multiplied by cost"}[objective]
-    of = f"of {len(possible)} devices" if len(possible) > 1 else "the only one that can take it"
+    why = f"{what} of {len(possible)} devices" if len(possible) > 1 else "the only one that can take it"
     price = f"; price: {profile.price_source}" if best.cost_usd is not None else ""
     return Choice(
         device=best.device,
         time_s=best.time_s or 0.0,
         cost_usd=best.cost_usd,
-        why=f"{what} {of}; speed: {profile.flops_source}{price}",
+        why=f"{why}; speed: {profile.flops_source}{price}",
         estimates=estimates,
     )
 
 
+def _unknown_speed(workload: Workload, profile: Profile) -> str | None:
+    """Which part of the work takes a time that nobody knows on this device; None: all are known."""
+    if workload.flops and profile.flops_per_s is None:
+        return f"its speed is not known ({profile.flops_source})"
+    if workload.transfer_bytes and profile.host_bytes_per_s is None:
+        return "how fast data moves to it is not known (pantheraml devices --bench measures it)"
+    if workload.launches and profile.launch_s is None:
+        return "how long a launch takes is not known (pantheraml devices --bench measures it)"
+    return None
+
+
 def _judged(workload: Workload, profile: Profile, objective: Objective, budget_usd: float | None) -> Estimate:
     found = estimate(workload, profile)
-    room = int(profile.device.free_bytes * HEADROOM)
+    room = None if profile.free_bytes is None else int(profile.free_bytes * HEADROOM)
     excluded = None
-    if workload.memory_bytes > room:
+    if workload.memory_bytes and (room is None or workload.memory_bytes > room):
         excluded = f"needs {format_bytes(workload.memory_bytes)}, and {format_bytes(room)} may be filled"
-    elif found.time_s is None:
-        excluded = f"its speed is not known ({profile.flops_source})"
+    elif unknown := _unknown_speed(workload, profile):
+        excluded = unknown
     elif found.cost_usd is None and (objective != "time" or budget_usd is not None):
         excluded = f"its price is not known ({profile.price_source})"
     elif found.cost_usd is not None and budget_usd is not None and found.cost_usd > budget_usd:

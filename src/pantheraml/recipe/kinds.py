@@ -25,6 +25,11 @@ KINDS: dict[Kind, Row] = {
 """In the order in which `auto` prefers them."""
 
 
+def in_host_memory(kind: Kind) -> bool:
+    """Whether devices of this kind work in the host's memory, so that nothing has to be moved to them."""
+    return KINDS[kind].family == "cpu"
+
+
 def kinds_meant(word: str) -> tuple[Kind, ...]:
     """The kinds that a word stands for, best first: `auto` all, `gpu` every GPU, and each kind itself."""
     if word == "auto":

@@ -36,6 +36,7 @@ def summary(
     kept_step: int,
     final_loss: float | None,
     peak_bytes: int | None,
+    since_step: int,
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """What report.json says of a run, besides its samples."""
@@ -74,17 +75,26 @@ def summary(
             "exact_match_before": exact_match(samples, after=False),
             "exact_match_after": exact_match(samples, after=True),
         },
-        "plan": measured_beside(plan, peak_bytes=peak_bytes, tokens_per_s=speed, train_s=position.train_s),
+        "plan": {
+            **measured_beside(plan, tokens_per_s=speed, train_s=position.train_s),
+            "memory_bytes": memory_beside(plan, held_bytes=view.held_bytes, peak_bytes=peak_bytes, since_step=since_step),
+        },
         "notes": list(notes),
     }
 
 
-def measured_beside(plan: Plan, *, peak_bytes: int | None, tokens_per_s: float | None, train_s: float | None) -> dict[str, dict[str, Any]]:
+def memory_beside(plan: Plan, *, held_bytes: int | None, peak_bytes: int | None, since_step: int) -> dict[str, int | None]:
+    """Planned and measured: both are what training took beyond `held_before`, since the last start, which was after `since_step`."""
+    known = held_bytes is not None and peak_bytes is not None
+    measured = (peak_bytes or 0) - (held_bytes or 0) if known else None
+    return {"planned": plan.memory.total_bytes, "measured": measured, "held_before": held_bytes, "since_step": since_step}
+
+
+def measured_beside(plan: Plan, *, tokens_per_s: float | None, train_s: float | None) -> dict[str, dict[str, Any]]:
     """What was planned and what came of it, in the same units; dollars are the measured time at the price that the plan knew."""
     price = plan.cost.usd_per_hour
     usd = None if price is None or train_s is None else price * train_s / 3600
     return {
-        "memory_bytes": {"planned": plan.memory.total_bytes, "measured": peak_bytes},
         "tokens_per_s": {"planned": plan.cost.tokens_per_s, "measured": tokens_per_s},
         "train_s": {"planned": plan.cost.time_s, "measured": train_s},
         "usd": {"planned": plan.cost.usd, "measured": usd},
@@ -101,12 +111,17 @@ def monitored(monitor: Monitor, *, since_step: int) -> dict[str, Any] | None:
 
 def write_report(folder: Path, report: dict[str, Any], plan: Plan, samples: Sequence[Sample]) -> None:
     """All three files. `report` is what report.json holds besides the samples."""
+    # The curve is worth less than the report: where it cannot be drawn, that is all that is missing.
+    try:
+        plot_loss(read_metrics(folder / "metrics.jsonl"), folder / PLOT)
+    except (ImportError, MemoryError, RuntimeError, OSError) as error:
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        report = {**report, "notes": [*report["notes"], f"{PLOT} could not be drawn: {words}"]}
     values = {**report, "samples": [asdict(sample) for sample in samples]}
-    plot_loss(read_metrics(folder / "metrics.jsonl"), folder / PLOT)
-    with atomic_file(folder / REPORT) as unfinished:
-        unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", "utf-8")
     with atomic_file(folder / REPORT_PAGE) as unfinished:
         unfinished.write_text(_page(report, plan, samples), "utf-8")
+    with atomic_file(folder / REPORT) as unfinished:  # last: a run that has this file has ended
+        unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], out: Path) -> None:

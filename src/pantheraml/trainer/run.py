@@ -23,7 +23,7 @@ from pantheraml.data.prepare import Prepared, Records, prepare
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
-from pantheraml.hardware.backend import Backend, open_backend
+from pantheraml.hardware.backend import Backend, backend_of
 from pantheraml.hardware.cpu import usable_cores
 from pantheraml.hardware.find import find
 from pantheraml.hardware.monitor import Monitor
@@ -60,6 +60,8 @@ class Survey:
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
     plan: Plan
+    held_bytes: int | None
+    """What this process held of the device's memory before the model, so that what was measured is what was planned."""
     stored_dtype: str
     """Of the weights as their authors store them; a fully trained model is saved in it."""
 
@@ -88,7 +90,7 @@ def train(
         local = _with_local_base(recipe, folder)
         view = survey(local, folder=folder, console=console, rows=rows, held_out=held_out)
         plan = stored_plan(folder, view.plan, recipe, console) if resume else view.plan
-        backend = open_backend(plan.device.kind)
+        backend = backend_of(plan.device)
         backend.set_threads(plan.threads)
         import torch
 
@@ -124,7 +126,10 @@ def survey(
     """
     found = find(recipe.hardware)
     recipe = recipe.model_copy(update={"hardware": found.ask})
-    backend = open_backend(found.device.kind)
+    backend = backend_of(found.device)
+    held = backend.memory(found.device.index).used_bytes
+    if held is not None and model is not None:
+        held -= sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     shape = read_shape(recipe.model) if model is None else shape_of(model, recipe.model.name)
     stored = read_config(recipe.model).dtype if model is None else model.config.dtype
     tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
@@ -164,7 +169,13 @@ def survey(
         for note in (f"Data: {data.detected.format} ({data.detected.why}).", *data.notes):
             console.print(note, markup=False, highlight=False)
     return Survey(
-        recipe=recipe, shape=shape, tokenizer=tokenizer, data=data, plan=plan, stored_dtype=str(stored or "float32").removeprefix("torch.")
+        recipe=recipe,
+        shape=shape,
+        tokenizer=tokenizer,
+        data=data,
+        plan=plan,
+        held_bytes=held,
+        stored_dtype=str(stored or "float32").removeprefix("torch."),
     )
 
 
@@ -242,7 +253,18 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
 
     _save(model, view, folder)
     run = Run(folder)
-    report = summary(view, model, position, samples, name=folder.name, kept_step=kept, final_loss=final, peak_bytes=peak_bytes, notes=notes)
+    report = summary(
+        view,
+        model,
+        position,
+        samples,
+        name=folder.name,
+        kept_step=kept,
+        final_loss=final,
+        peak_bytes=peak_bytes,
+        since_step=monitored_from,
+        notes=notes,
+    )
     report["monitor"] = monitored(monitor, since_step=monitored_from)
     exports = [run.export("merged")] if recipe.export.merged else []
     exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
@@ -304,7 +326,7 @@ def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
 def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> Plan:
     """The plan that the run began with, so that it goes on bit by bit, but for what the recipe asks for now.
 
-    A new plan if its device is not here.
+    A new plan on another device.
     """
     values: Mapping[str, Any] | None = read_json(folder / PLAN)
     if values is None:
@@ -314,10 +336,9 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
     except ValueError:
         console.print(f"{folder / PLAN} is not a plan of this version: a new one is made.", markup=False)
         return fresh
-    if (stored.device.kind, stored.device.index) != (fresh.device.kind, fresh.device.index):
-        console.print(
-            f"The run began on {stored.device}, which was not chosen here: it goes on on {fresh.device}, not bit by bit.", markup=False
-        )
+    if (stored.device.kind, stored.device.index, stored.device.name) != (fresh.device.kind, fresh.device.index, fresh.device.name):
+        began = f"{stored.device} ({stored.device.label})"
+        console.print(f"The run began on {began} and goes on on {fresh.device} ({fresh.device.label}), not bit by bit.", markup=False)
         return fresh
     asked: dict[str, Any] = {}
     if recipe.hardware.checkpointing != "auto":
@@ -330,7 +351,15 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
     if changed:
         said = ", ".join(f"{choice}={value}" for choice, value in changed.items())
         console.print(f"From here on with {said}, as asked: the result is the same but for rounding, not bit by bit.", markup=False)
-    return replace(stored, **changed, reasons={**stored.reasons, **dict.fromkeys(changed, "asked for when the run was resumed")})
+    # The device as it is now: its free memory, speed and price are not those of the first start.
+    cost = replace(stored.cost, usd_per_hour=fresh.cost.usd_per_hour)
+    return replace(
+        stored,
+        device=fresh.device,
+        cost=cost,
+        **changed,
+        reasons={**stored.reasons, **dict.fromkeys(changed, "asked for when the run was resumed")},
+    )
 
 
 def _fingerprint(recipe: Recipe, data: str) -> str:
