@@ -21,6 +21,7 @@ from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DataError, DivergedError, RecipeError, StorageError
 from pantheraml.models.tiny import tiny_config, tiny_tokenizer
 from pantheraml.recipe.load import dump_recipe, recipe_from
+from pantheraml.trainer import report
 from pantheraml.trainer.folder import open_folder
 from pantheraml.trainer.run import train
 from pantheraml.trainer.runs import Run, list_runs
@@ -350,6 +351,38 @@ def test_what_only_changes_rounding_may_be_asked_for_when_a_run_goes_on(tmp_path
     plan = json.loads((run.folder / "plan.json").read_text())
     assert plan["checkpointing"] is True and plan["micro_tokens"] == 1024
     assert "checkpointing=True, micro_tokens=1024" in said and "Going on after step" in said
+
+
+def test_a_run_that_goes_on_elsewhere_reports_the_device_that_it_is_on(tmp_path: Path, monkeypatch, data):
+    recipe = tiny_recipe(tmp_path, data, eval={"generate_rows": 0})
+    killed_at(3, monkeypatch, recipe)
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    here = plan["device"]["name"]
+    plan["device"] |= {"name": "OTHER MACHINE", "free_bytes": 5 << 40, "peak_flops": 1e15}
+    (tmp_path / "run/plan.json").write_text(json.dumps(plan))
+    run, said = made(recipe, resume=True)
+    assert "The run began on cpu:0 (OTHER MACHINE) and goes on on cpu:0" in " ".join(said.split())
+    assert run.report["device"]["name"] == here
+    assert "OTHER" not in (run.folder / "report.md").read_text() and "OTHER" not in (run.folder / "plan.json").read_text()
+    assert run.report["plan"]["memory_bytes"]["since_step"] > 0
+
+
+def test_a_report_outlives_its_plot(tmp_path: Path, monkeypatch, data):
+    def no_room(*all, **more):
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr(report, "plot_loss", no_room)
+    run, _ = made(tiny_recipe(tmp_path, data, eval={"generate_rows": 0}))
+    assert run.report["notes"][-1] == "loss.png could not be drawn: no room for a picture"
+    assert not (run.folder / "loss.png").exists()
+
+
+def test_memory_is_measured_as_it_was_planned(tmp_path: Path, data):
+    run, _ = made(tiny_recipe(tmp_path, data, eval={"generate_rows": 0}))
+    memory = run.report["plan"]["memory_bytes"]
+    peak = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    assert memory["measured"] + memory["held_before"] <= peak + (1 << 20)  # the kernel counts pages a little late
+    assert memory["held_before"] > 100 << 20  # torch itself, which no plan counts
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, monkeypatch, data):
