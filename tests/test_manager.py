@@ -180,8 +180,9 @@ def test_factors_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPUTE_TPU_BATCH_FACTOR", "32")
     assert machine(FakeBackend("tpu")).get_batch_config(1).batch_size == 32
     assert machine(FakeBackend("tpu"), ask=HardwareAsk(tpu_batch_factor=16)).get_batch_config(1).batch_size == 16
-    with pytest.raises(ValueError, match="at least 1"):
-        machine(FakeBackend("tpu")).get_batch_config(0)
+    for wrong in (0, 2.5, "4"):
+        with pytest.raises(ValueError, match="a whole number of at least 1"):
+            machine(FakeBackend("tpu")).get_batch_config(wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("number", "power"), [(1, 1), (2, 2), (3, 4), (5, 4), (6, 8), (127, 128), (95, 64), (96, 128)])

@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pantheraml.hardware.backend import Backend, MemoryUse, backend_of
 from pantheraml.hardware.catalog import lookup
@@ -207,8 +207,8 @@ class DeviceManager:
             lora_rank: of the adapter that trains; None: every weight trains.
         Raises: ValueError for a base below 1; DeviceError if not even one example of the model fits.
         """
-        if base_batch_size < 1:
-            raise ValueError(f"base_batch_size is at least 1, not {base_batch_size}")
+        if not isinstance(cast("object", base_batch_size), int) or base_batch_size < 1:
+            raise ValueError(f"base_batch_size is a whole number of at least 1, not {base_batch_size!r}")
         device = self.get_device(device_id)
         if shape is None:
             return batch_by_factor(device, base_batch_size, self._found.ask)

@@ -80,10 +80,7 @@ class XlaBackend:
         self._pci, self._files = root / "sys/bus/pci/devices", root / "dev"
 
     def probe(self) -> tuple[Device, ...] | Absent:
-        """Multiply matrices on each device that JAX lists. JAX is only started where something points to a TPU.
-
-        Raises: RuntimeError if a device answers of which neither JAX nor the catalog knows the memory.
-        """
+        """Multiply matrices on each device that JAX lists. JAX is only started where something points to a TPU."""
         refusal = self._refusal()
         if refusal is not None:
             return refusal
