@@ -204,10 +204,10 @@ class TorchEngine:
             yield
         except (RuntimeError, MemoryError) as error:
             if classify(error) == "out of memory":
-                raise self._out_of_memory(doing) from error
+                raise self._out_of_memory(doing, error) from error
             raise
 
-    def _out_of_memory(self, doing: str) -> DeviceError:
+    def _out_of_memory(self, doing: str, error: BaseException) -> DeviceError:
         plan = self._plan
         use = self._backend.memory(plan.device.index)
         self._backend.empty_cache()
@@ -223,10 +223,12 @@ class TorchEngine:
             else f"set model.max_tokens below {plan.row_tokens[-1]}, or choose a smaller model"
         )
         tried = f", and still does in {parts} parts" if parts > 1 else ""
+        # Some texts mean this most of the time and not always (hardware/failures.py): people shall see which one it was.
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         return DeviceError(
             f"out of memory in {doing}: {format_bytes(use.used_bytes)} in use, {format_bytes(use.free_bytes)} free on {plan.device}",
             why=f"a micro-batch of {plan.micro_tokens} tokens needs more{tried}; "
-            f"the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB",
+            f"the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB; the refusal said: {said}",
             fix=fix,
         )
 

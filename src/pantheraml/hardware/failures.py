@@ -138,10 +138,12 @@ ROWS: tuple[Row, ...] = (
     Row(
         "out of memory",
         # oneDNN, for products in bfloat16 and convolutions. It says this of any failure once it has settled on a kernel, and
-        # keeps the status to itself: nearly always that memory was refused, for the machine code of the kernel or for what it
-        # works in. It is also said where no memory may be executable (pytorch/pytorch#143651) and of bugs in Intel's GPU
-        # compiler (pytorch/pytorch#194418): smaller pieces do not help there, and the last error is raised. What oneDNN does
-        # not support has words of its own, "could not create a primitive descriptor for ...".
+        # keeps the status to itself. On a CPU: memory was refused, for the machine code of the kernel or for what it works
+        # in. It is also said where no memory may be executable (pytorch/pytorch#143651) and of bugs in Intel's GPU compiler
+        # (pytorch/pytorch#194418): smaller pieces do not help there, and the last error is raised. What oneDNN does not
+        # support has words of its own, "could not create a primitive descriptor for ...".
+        # oneDNN 3.12 never clears this error (xbyak.h, GetErrorRef): the thread that met it can make no other kernel, even
+        # with memory to spare. Kernels that are there go on, and so does another thread.
         r": could not create a primitive$",
         "RuntimeError: could not create a primitive",
         f"{_RAISED} without room for the code; pytorch/pytorch#55884, where a smaller picture helped",
