@@ -336,6 +336,7 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
     from pantheraml.engines.torch_engine import TorchEngine
     from pantheraml.hardware.backend import open_backend
     from pantheraml.kernels.table import kernel
+    from pantheraml.models.lora import fused_lora
     from pantheraml.trainer import loop
     from pantheraml.trainer.checkpoint import Checkpoints
     from pantheraml.trainer.run import survey
@@ -363,20 +364,21 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
         """Seconds for the steps from start to end."""
         watch = Watch(folder, Console(quiet=True), total=total, start=start, memory_bytes=lambda: 0)
         began = time.perf_counter()
-        loop.run(
-            engine,
-            source,
-            lambda examples: pack_step(
-                examples, row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=True
-            ),
-            [],
-            rate,
-            loop.Rhythm(total=end, log=10, eval=None, save=None, early_stop=None, keep_best=False),
-            loop.Position(step=start),
-            Unsaved(folder / "checkpoints", fingerprint="", keep=1),
-            watch,
-            loop.Stop(),
-        )
+        with fused_lora(adapter, plan.device.kind):
+            loop.run(
+                engine,
+                source,
+                lambda examples: pack_step(
+                    examples, row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=True
+                ),
+                [],
+                rate,
+                loop.Rhythm(total=end, log=10, eval=None, save=None, early_stop=None, keep_best=False),
+                loop.Position(step=start),
+                Unsaved(folder / "checkpoints", fingerprint="", keep=1),
+                watch,
+                loop.Stop(),
+            )
         took = time.perf_counter() - began
         watch.close()
         return took

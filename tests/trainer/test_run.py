@@ -478,7 +478,7 @@ def test_the_weights_of_the_best_evaluation_are_what_is_left(tmp_path: Path):
     held = [
         {"messages": [{"role": "user", "content": f"what is {i} times {i}?"}, {"role": "assistant", "content": "no."}]} for i in range(4)
     ]
-    recipe = tiny_recipe(tmp_path, optim={"lr": 5e-2, "steps": 12}, eval={"every": 1, "generate_rows": 0}, run={"keep": 1})
+    recipe = tiny_recipe(tmp_path, optim={"lr": 2e-2, "steps": 12}, eval={"every": 1, "generate_rows": 0}, run={"keep": 1})
     run, printed = made(recipe, ROWS, held_out=held)
     measured = losses(run.folder, "eval_loss")[1:]
     best = measured.index(min(measured)) + 1

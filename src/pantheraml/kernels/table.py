@@ -8,6 +8,7 @@ from typing import Any
 
 REFERENCE: Mapping[str, str] = {
     "linear_cross_entropy": "pantheraml.kernels.linear_cross_entropy:linear_cross_entropy",
+    "lora_linear": "pantheraml.kernels.lora_linear:lora_linear",
 }
 """In plain torch: right on every device, and what every other implementation is compared with."""
 

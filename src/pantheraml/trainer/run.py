@@ -32,6 +32,7 @@ from pantheraml.kernels.table import kernel
 from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
+from pantheraml.models.lora import fused_lora, stock_layers
 from pantheraml.models.quantize import available, quantization
 from pantheraml.models.tiny import PREFIX as TINY
 from pantheraml.planning.plan import Plan, longest_allowed, make_plan
@@ -228,7 +229,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        with monitor:
+        with monitor, fused_lora(model, plan.device.kind):
             position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
         watch.close()
@@ -237,6 +238,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     peak_bytes = backend.memory(index).peak_bytes
 
     notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
+    if stock := stock_layers(model):
+        notes.append(f"{stock} adapted layers were computed by PEFT itself (dropout, DoRA, 4 bits): the kernel has none of these")
     kept = position.step
     if rhythm.keep_best and position.best_step not in (None, position.step):
         try:
@@ -245,7 +248,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         except Damaged as error:
             notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
             console.print(notes[-1], markup=False)
-    final = engine.evaluate(held_out) if held_out else None
+    with fused_lora(model, plan.device.kind):
+        final = engine.evaluate(held_out) if held_out else None
     notes += recovery.said
     samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
     if stop.signal is not None:
