@@ -30,9 +30,13 @@ def test_the_arrays_of_a_packed_row_by_hand():
 
 
 def test_trim_leaves_out_what_is_empty():
-    step = pack_step([example(3), example(5)], row_tokens=(8, 16), micro_tokens=64, packing=False, pad_id=0, trim=True)
-    assert [batch.input_ids.shape for batch in step.micro] == [(2, 5)]
-    assert step.micro[0].position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    step = pack_step([example(3), example(5)], row_tokens=(64, 128), micro_tokens=256, packing=False, pad_id=0, trim=True)
+    assert [batch.input_ids.shape for batch in step.micro] == [(2, 32)]
+    assert step.micro[0].position_ids.tolist() == [list(range(32))] * 2
+    # No more than the row, and one step further where an example needs it.
+    for longest, row, n in ((5, 8, 8), (33, 64, 64), (65, 128, 96), (97, 100, 100)):
+        step = pack_step([example(longest)], row_tokens=(row,), micro_tokens=row, packing=False, pad_id=0, trim=True)
+        assert step.micro[0].input_ids.shape == (1, n)
 
 
 def test_without_packing_each_micro_batch_takes_the_least_shape_that_fits():

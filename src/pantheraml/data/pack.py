@@ -17,6 +17,9 @@ IGNORED = -100
 # Attention computes about 4 * n * hidden FLOPs per token and layer in rows of n tokens, the linear layers 24 * hidden^2:
 # as much at n = 6 * hidden, so 4096 stands for small models. It only orders row lengths that waste about equally.
 ATTENTION_TOKENS = 4096
+# Rows are cut to multiples of this. Each new width costs a CPU new machine code for bfloat16 products (oneDNN keeps up to
+# a thousand such kernels), and it would be a new one nearly every step.
+TRIM_TOKENS = 32
 
 Bins = list[list[int]]
 
@@ -59,7 +62,7 @@ def pack_step(
     Args:
         row_tokens: allowed row lengths, rising. A micro-batch has max(1, micro_tokens // n) rows of n tokens.
         packing: several examples may share a row. Otherwise each has its own.
-        trim: for devices without static shapes: leave out empty rows, and cut rows to the longest in use.
+        trim: for devices without static shapes: leave out empty rows, and cut rows to the longest in use, in TRIM_TOKENS.
     Raises: ValueError if there are no examples, or one is longer than the longest row.
     """
     layout = _layout([len(example.tokens) for example in examples], row_tokens, micro_tokens, packing, trim)
@@ -80,7 +83,7 @@ def efficiency(
     for start in range(0, len(lengths), batch_size):
         step = [int(length) for length in lengths[start : start + batch_size]]
         for n, height, rows in _layout(step, row_tokens, micro_tokens, packing, trim):
-            computed += max(sum(step[i] for i in row) for row in rows) * len(rows) if trim else n * height
+            computed += _trimmed(n, max(sum(step[i] for i in row) for row in rows)) * len(rows) if trim else n * height
     return float(sum(int(length) for length in lengths) / computed) if computed else 0.0
 
 
@@ -129,10 +132,15 @@ def _cost(n: int, rows: int, micro_tokens: int, trim: bool) -> float:
     return computed * n * (1 + n / ATTENTION_TOKENS)
 
 
+def _trimmed(n: int, longest: int) -> int:
+    """The length to which rows of n tokens are cut where the longest in use has so many."""
+    return min(n, -(-longest // TRIM_TOKENS) * TRIM_TOKENS)
+
+
 def _fill(rows: Sequence[Sequence[Example]], n: int, height: int, pad_id: int, trim: bool) -> MicroBatch:
     if trim:
         height = len(rows)
-        n = max(sum(len(example.tokens) for example in row) for row in rows)
+        n = _trimmed(n, max(sum(len(example.tokens) for example in row) for row in rows))
     input_ids = np.full((height, n), pad_id, dtype=np.int64)
     position_ids = np.tile(np.arange(n, dtype=np.int64), (height, 1))
     labels = np.full((height, n), IGNORED, dtype=np.int64)
