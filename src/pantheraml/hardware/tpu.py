@@ -33,7 +33,7 @@ class TpuEnvironment(BaseSettings):
     topology: str | None = Field(default=None, validation_alias="TPU_TOPOLOGY")
     colab_address: str | None = Field(default=None, validation_alias="COLAB_TPU_ADDR")
     colab_vm: str | None = Field(default=None, validation_alias="COLAB_TPU_1VM")
-    library: str | None = Field(default=None, validation_alias="TPU_LIBRARY_PATH")
+    libtpu_path: str | None = Field(default=None, validation_alias="TPU_LIBRARY_PATH")
     platforms: str | None = Field(default=None, validation_alias="JAX_PLATFORMS")
 
     def set_variables(self) -> tuple[str, ...]:

@@ -142,7 +142,7 @@ class XlaBackend:
             return Absent(kind="tpu", why=f"{but}jax is not installed, and XLA is reached through it", fix=_INSTALL, seen=seen)
         if self._simulate:
             return None
-        has_library = _installed("libtpu") or self._environment.library is not None
+        has_library = _installed("libtpu") or self._environment.libtpu_path is not None
         if not (but or has_library):
             why = "nothing points to one: no TPU variable is set, libtpu is not installed, and the driver lists no chip"
             return Absent(kind="tpu", why=why, fix=_ATTACH)
