@@ -26,7 +26,10 @@ def test_the_arrays_of_a_packed_row_by_hand():
     assert batch.labels.tolist() == [[-100, 13, -100, 22, -100, -100, -100, -100], [-100] * 8]
     assert (batch.real_tokens, batch.label_count) == (5, 2)
     assert (step.tokens, step.label_count, step.where) == (5, 2, ("f:1", "f:2"))
-    assert {array.dtype for array in (batch.input_ids, batch.position_ids, batch.labels)} == {np.dtype(np.int64)}
+    assert {array.dtype for array in (batch.input_ids, batch.position_ids, batch.labels, batch.labelled)} == {np.dtype(np.int64)}
+    # The padding is of b's segment, and the empty row is one of its own.
+    assert (batch.starts.tolist(), batch.starts.dtype, batch.longest) == ([0, 3, 8, 16], np.dtype(np.int32), 8)
+    assert batch.labelled.tolist() == [1, 3]
 
 
 def test_trim_leaves_out_what_is_empty():
@@ -87,12 +90,14 @@ def test_every_example_stands_exactly_once(lengths, row_tokens, micro_tokens, pa
     seen = []
     for batch in step.micro:
         height, n = batch.input_ids.shape
+        begins = []
         if not trim:
             assert n in row_tokens and height == max(1, micro_tokens // n)
-        for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
+        for r, (ids, positions, labels) in enumerate(zip(batch.input_ids, batch.position_ids, batch.labels, strict=True)):
             used = int(np.flatnonzero(ids)[-1]) + 1 if ids.any() else 0
             assert (labels[used:] == -100).all() and (used or not trim)
             starts = np.flatnonzero(positions == 0).tolist()
+            begins += [r * n + start for start in starts]
             # Between restarts positions count up by one, through the padding to the end of the row.
             assert np.array_equal(np.flatnonzero(np.diff(positions) != 1) + 1, starts[1:])
             assert packing or len(starts) == 1
@@ -104,6 +109,10 @@ def test_every_example_stands_exactly_once(lengths, row_tokens, micro_tokens, pa
                 wanted = [int(t) if loss else -100 for t, loss in zip(found.tokens[1:], found.loss[1:], strict=True)]
                 assert labels[start:end].tolist() == [*wanted, -100]
                 seen.append(found.where)
+        assert batch.starts.tolist() == [*begins, height * n]
+        assert batch.longest == max(end - start for start, end in zip(begins, [*begins[1:], height * n], strict=True))
+        # Token by token, with the definition instead of numpy's search.
+        assert batch.labelled.tolist() == [i for i, label in enumerate(batch.labels.flatten().tolist()) if label != -100]
     assert sorted(seen) == sorted(e.where for e in examples) == sorted(step.where)
     assert step.tokens == sum(lengths) == sum(batch.real_tokens for batch in step.micro)
     assert step.label_count == sum(int(e.loss.sum()) for e in examples) == sum(batch.label_count for batch in step.micro)

@@ -14,7 +14,7 @@ from tests.fakes import FakeBackend
 from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.engines.engine import MicroTensors
-from pantheraml.engines.torch_engine import TorchEngine
+from pantheraml.engines.torch_engine import TorchEngine, micro_tensors
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import open_backend
 from pantheraml.hardware.device import Absent
@@ -126,7 +126,7 @@ def test_without_need_nothing_is_divided(small: Any, prepared: Any, examples: li
     engine.step(step, 0, 0.0)
     loss = sft_loss(by_hand, linear_cross_entropy)
     for micro in step.micro:
-        part = MicroTensors(*(torch.from_numpy(array) for array in (micro.input_ids, micro.position_ids, micro.labels)))
+        part = micro_tensors(micro.input_ids, micro.position_ids, micro.labels, torch.device("cpu"))
         (loss(by_hand, part) / step.label_count).backward()
     for (name, parameter), other in zip(model.named_parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad), name
@@ -150,6 +150,7 @@ def test_each_row_is_taken_once_and_whole(small: Any, prepared: Any, examples: l
         engine.step(step, 0, 0.0)
         at = 0
         for micro in step.micro:
+            before = at
             rows: dict[str, list[torch.Tensor]] = {name: [] for name in ("input_ids", "position_ids", "labels")}
             while sum(map(len, rows["input_ids"])) < len(micro.input_ids):
                 for name, parts_of in rows.items():
@@ -157,6 +158,16 @@ def test_each_row_is_taken_once_and_whole(small: Any, prepared: Any, examples: l
                 at += 1
             for name, parts_of in rows.items():
                 assert torch.equal(torch.cat(parts_of), torch.from_numpy(getattr(micro, name))), (parts, name)
+            # What the host knows of the pieces is what it knows of the whole, each counted from its own first token.
+            starts, longest, labelled, first = [], [], [], 0
+            for piece in seen[before:at]:
+                starts += (piece.starts[:-1] + first).tolist()
+                longest.append(piece.longest)
+                labelled += (piece.labelled + first).tolist()
+                assert (piece.starts.dtype, piece.labelled.dtype) == (torch.int32, torch.int64)
+                first += piece.input_ids.numel()
+            assert [*starts, first] == micro.starts.tolist() and max(longest) == micro.longest
+            assert labelled == micro.labelled.tolist()
         assert at == len(seen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,7 @@ from torch.nn import functional as F
 
 from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch, pack_step
-from pantheraml.engines.engine import MicroTensors
-from pantheraml.engines.torch_engine import TorchEngine
+from pantheraml.engines.torch_engine import TorchEngine, micro_tensors
 from pantheraml.export.safetensors import merge_model, save_full
 from pantheraml.hardware.cpu import CpuBackend
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
@@ -24,7 +24,7 @@ from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import shape_of
 from pantheraml.models.tiny import FAMILIES
 from pantheraml.recipe.types import LoRA, OptimSpec
-from pantheraml.trainer.sft import sft_loss, stock_loss
+from pantheraml.trainer.sft import head_loss, sft_loss, stock_loss
 
 # Not in head.FAMILIES: they keep their own forward. Names of transformers, and sizes in its words.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -80,11 +80,12 @@ def by_definition(model: Any, examples: list[Example]) -> tuple[float, Gradients
     return total, gradients(model)
 
 
-def ours(model: Any, step: StepBatch) -> tuple[float, Gradients]:
+def ours(model: Any, step: StepBatch, known: head.Head | None = None) -> tuple[float, Gradients]:
     loss_of = sft_loss(model, linear_cross_entropy)
     total = 0.0
     for micro in step.micro:
-        loss = loss_of(model, MicroTensors(*(torch.from_numpy(each) for each in (micro.input_ids, micro.position_ids, micro.labels))))
+        part = micro_tensors(micro.input_ids, micro.position_ids, micro.labels, torch.device("cpu"))
+        loss = loss_of(model, part) if known is None else head_loss(known, part, linear_cross_entropy)
         loss.backward()
         total += loss.item()
     return total, gradients(model)
@@ -138,14 +139,7 @@ def test_what_a_family_does_to_its_logits_matters_here(family: str, small: Any, 
     known = head.output_head(model)
     assert known is not None
     scaled, _ = ours(model, layouts(examples)["padded"])
-    plain = sum(
-        linear_cross_entropy(
-            head.hidden_states(known, torch.from_numpy(micro.input_ids), torch.from_numpy(micro.position_ids)),
-            known.linear.weight,
-            torch.from_numpy(micro.labels),
-        ).item()
-        for micro in layouts(examples)["padded"].micro
-    )
+    plain, _ = ours(model, layouts(examples)["padded"], replace(known, scale=1.0, softcap=None))
     assert abs(plain - scaled) > 1e-2 * scaled
 
 

@@ -7,7 +7,7 @@ with each of them, and no label reaches from one into the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class MicroBatch:
         labels: the token to predict at this place, already shifted; -100 where nothing is learned.
         real_tokens: tokens that are not padding.
         label_count: labels that are not -100.
+        starts, longest: see `segments`.
+        labelled: see `labelled_tokens`.
     """
 
     input_ids: np.ndarray
@@ -42,6 +44,14 @@ class MicroBatch:
     labels: np.ndarray
     real_tokens: int
     label_count: int
+    starts: np.ndarray = field(init=False)
+    longest: int = field(init=False)
+    labelled: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        starts, longest = segments(self.position_ids)
+        for name, value in (("starts", starts), ("longest", longest), ("labelled", labelled_tokens(self.labels))):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,22 @@ class StepBatch:
     label_count: int
     tokens: int
     where: tuple[str, ...]
+
+
+def segments(position_ids: np.ndarray) -> tuple[np.ndarray, int]:
+    """Where the S examples of positions [B, T] begin in the B*T tokens one after the other, and the tokens of the longest.
+
+    int32 [S + 1], from 0 to B*T. Padding belongs to the last example of its row; an empty row is one of its own.
+    """
+    begins = position_ids == 0
+    begins[:, 0] = True
+    starts = np.append(np.flatnonzero(begins), position_ids.size).astype(np.int32)
+    return starts, int(np.diff(starts).max())
+
+
+def labelled_tokens(labels: np.ndarray) -> np.ndarray:
+    """Which of the B*T tokens, one row after the other, have a label that is not -100: int64, rising."""
+    return np.flatnonzero(labels.ravel() != IGNORED).astype(np.int64)
 
 
 def pack_step(

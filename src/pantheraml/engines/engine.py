@@ -20,11 +20,21 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class MicroTensors:
-    """A micro-batch on the device, int64 [B, T] each; labels are already shifted, -100 counts for nothing."""
+    """A micro-batch on the device. What is known of it on the host comes along, so that no step asks the device.
+
+    Attributes:
+        input_ids, position_ids, labels: int64 [B, T]; labels are already shifted, -100 counts for nothing.
+        starts: int32 [S + 1], where the examples begin in the B*T tokens one after the other, and B*T.
+        longest: tokens of the longest of them.
+        labelled: int64, which of the B*T tokens have a label.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    starts: Tensor
+    longest: int
+    labelled: Tensor
 
 
 LossFn = Callable[[Any, MicroTensors], "Tensor"]

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import blake3
+import numpy as np
 import torch
 from torch import Tensor
 
-from pantheraml.data.pack import MicroBatch, StepBatch
+from pantheraml.data.pack import MicroBatch, StepBatch, labelled_tokens, segments
 from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.backend import Backend
@@ -182,10 +183,9 @@ class TorchEngine:
         """
         rows = len(micro.input_ids)
         at_once = -(-rows // parts)
-        arrays = (micro.input_ids, micro.position_ids, micro.labels)
         for start in range(0, rows, at_once):
-            pieces = (torch.from_numpy(array[start : start + at_once]) for array in arrays)
-            yield MicroTensors(*(piece.to(self._device, non_blocking=True) for piece in pieces))
+            part = slice(start, start + at_once)
+            yield micro_tensors(micro.input_ids[part], micro.position_ids[part], micro.labels[part], self._device)
 
     def _check_gradients(self) -> None:
         missing = [name for name, parameter in self._trained.items() if parameter.grad is None]
@@ -231,6 +231,23 @@ class TorchEngine:
             f"the plan had expected {plan.memory.total_bytes / 2**30:.1f} GiB; the refusal said: {said}",
             fix=fix,
         )
+
+
+def micro_tensors(input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, device: torch.device) -> MicroTensors:
+    """Rows [B, T] of a micro-batch on a device, with what the host knows of them."""
+
+    def there(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    starts, longest = segments(position_ids)
+    return MicroTensors(
+        input_ids=there(input_ids),
+        position_ids=there(position_ids),
+        labels=there(labels),
+        starts=there(starts),
+        longest=longest,
+        labelled=there(labelled_tokens(labels)),
+    )
 
 
 def _most_rows(batches: Sequence[MicroBatch]) -> int:

@@ -1,6 +1,6 @@
 """Output head and cross entropy as one operation that never holds the logits of a whole batch.
 
-Letters: B batch, T tokens, D hidden, V vocabulary, N labelled tokens, C tokens of one chunk.
+Letters: D hidden, V vocabulary, N labelled tokens, C tokens of one chunk.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 
 def linear_cross_entropy(
-    hidden_BTD: Tensor,
+    hidden_ND: Tensor,
     weight_VD: Tensor,
-    labels_BT: Tensor,
+    labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
     scale: float = 1.0,
@@ -28,25 +28,22 @@ def linear_cross_entropy(
     The gradients of a chunk are computed in forward, while its logits are there; backward only scales them.
 
     Args:
-        hidden_BTD: last hidden states, any float dtype.
+        hidden_ND: last hidden states of the labelled tokens alone, any float dtype. Which they are is known on the host;
+            to look for them here would wait for the device.
         weight_VD: output embedding. Gradients flow to it only if it requires them.
-        labels_BT: token ids, already shifted; -100 is ignored and costs nothing.
+        labels_N: token ids, already shifted; each of them counts, so no -100.
         bias_V: added to the logits before the scale.
         scale: factor of the logits (Granite, Cohere, Falcon-H1).
         softcap: bound of the logits (Gemma 2); None: none.
         chunk: labelled tokens a block; extra memory is at most about chunk * V * 12 bytes.
-    Returns: scalar float32, the sum over labels that are not -100; 0 where there are none.
+    Returns: scalar float32, the sum over the N tokens; 0 where there are none.
     Source: the idea of arXiv 2411.09009 (never materialise the logits), here in plain torch.
     """
-    flat_labels = labels_BT.reshape(-1)
-    rows_N = (flat_labels != -100).nonzero().squeeze(1)
-    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, rows_N)
-    dtype = torch.get_autocast_dtype(hidden_BTD.device.type) if torch.is_autocast_enabled(hidden_BTD.device.type) else weight_VD.dtype
+    kind = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
     if not torch.is_grad_enabled():  # autograd.Function cannot see this, and would compute gradients for nobody
         weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
-    result: Tensor = _LinearCrossEntropy.apply(
-        hidden_ND.to(dtype), weight_VD, bias_V, flat_labels.index_select(0, rows_N), scale, softcap, chunk, dtype
-    )
+    result: Tensor = _LinearCrossEntropy.apply(hidden_ND.to(dtype), weight_VD, bias_V, labels_N, scale, softcap, chunk, dtype)
     return result
 
 

@@ -27,10 +27,11 @@ def sft_loss(model: Any, linear_cross_entropy: Callable[..., Tensor]) -> LossFn:
 
 def head_loss(head: Head, batch: MicroTensors, linear_cross_entropy: Callable[..., Tensor]) -> Tensor:
     """Sum of the token losses without the logits of the whole batch."""
+    hidden_BTD = hidden_states(head, batch.input_ids, batch.position_ids)
     return linear_cross_entropy(
-        hidden_states(head, batch.input_ids, batch.position_ids),
+        hidden_BTD.flatten(0, 1).index_select(0, batch.labelled),
         head.linear.weight,
-        batch.labels,
+        batch.labels.flatten().index_select(0, batch.labelled),
         bias_V=head.linear.bias,
         scale=head.scale,
         softcap=head.softcap,
