@@ -1,30 +1,86 @@
-"""Which function computes an operation on which kind of device. Nothing registers itself."""
+"""Which operations there are, and which function computes each on which kind of device. Nothing registers itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+
+_ROOM = "pantheraml.kernels."
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        signature: as torch.library writes it.
+        reference: module:function in plain torch, right on every device, and what every other implementation is compared with.
+        shapes: module:function that gives empty tensors of the result's shapes; None: the reference does, as its shapes depend on no value.
+    """
+
+    signature: str
+    reference: str
+    shapes: str | None = None
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    "rms_norm": Operation("(Tensor x, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)", _ROOM + "rms_norm:reference"),
+    "rms_norm_backward": Operation(
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, Tensor? add, bool need_weight) -> (Tensor, Tensor)",
+        _ROOM + "rms_norm:reference_backward",
+    ),
+    "gated": Operation("(Tensor gate, Tensor up, str activation) -> Tensor", _ROOM + "gated:reference"),
+    "gated_backward": Operation(
+        "(Tensor da, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor, Tensor)", _ROOM + "gated:reference_backward"
+    ),
+    "rope": Operation("(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", _ROOM + "rope:reference"),
+    "attention": Operation(
+        "(Tensor q, Tensor k, Tensor v, Tensor starts, int longest, float scale, int window, float softcap) -> (Tensor, Tensor)",
+        _ROOM + "attention:reference",
+        _ROOM + "attention:shapes",
+    ),
+    "attention_backward": Operation(
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, int longest, float scale, int window,"
+        " float softcap) -> (Tensor, Tensor, Tensor)",
+        _ROOM + "attention:reference_backward",
+        _ROOM + "attention:shapes_backward",
+    ),
+    "cross_entropy": Operation(
+        "(Tensor(a!) logits, Tensor labels, float scale, float softcap, bool gradient) -> Tensor",
+        _ROOM + "cross_entropy:reference",
+        _ROOM + "cross_entropy:shapes",
+    ),
+}
+
+DISPATCH: Mapping[str, str] = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
+"""Kind of device -> what torch's dispatcher calls it."""
+
+_BY_ROWS = ("rms_norm", "rms_norm_backward", "gated", "gated_backward", "rope", "cross_entropy")
+KERNELS: Mapping[tuple[str, str], str] = {
+    **{(name, "cpu"): f"{_ROOM}cpu:{name}" for name in OPERATIONS},
+}
+"""(operation, kind of device) -> module:function, where there is something faster than the reference."""
+
+
+def load(target: str) -> Callable[..., Any]:
+    """The function that `module:function` names."""
+    module, name = target.split(":")
+    return getattr(import_module(module), name)
+
+
+def installed(kind: str) -> dict[str, str]:
+    """Each operation and what computes it on `kind`, for the doctor and the report."""
+    return {name: KERNELS.get((name, kind), operation.reference) for name, operation in OPERATIONS.items()}
+
 
 REFERENCE: Mapping[str, str] = {
     "linear_cross_entropy": "pantheraml.kernels.linear_cross_entropy:linear_cross_entropy",
     "lora_linear": "pantheraml.kernels.lora_linear:lora_linear",
 }
-"""In plain torch: right on every device, and what every other implementation is compared with."""
-
-KERNELS: Mapping[tuple[str, str], str] = {}
-"""(operation, kind of device) -> module:function, where something faster than the reference exists."""
 
 
 def kernel(operation: str, kind: str) -> Callable[..., Any]:
-    """The function for `operation` on a device of `kind`; its reference where there is no special one.
-
-    Raises: KeyError for an operation that is not in the table.
-    """
-    module, name = KERNELS.get((operation, kind), REFERENCE[operation]).split(":")
-    return getattr(import_module(module), name)
-
-
-def installed(kind: str) -> dict[str, str]:
-    """Each operation and what would compute it on `kind`, for the doctor and the report."""
-    return {operation: KERNELS.get((operation, kind), reference) for operation, reference in REFERENCE.items()}
+    """The function for an operation that is a composition."""
+    return load(REFERENCE[operation])

@@ -1,0 +1,389 @@
+// Causal attention over packed examples in blocks: a running softmax forward, the weights computed once more backward.
+//
+// Scores stand transposed, keys by queries, so that the softmax of a query runs down a column: it needs no sum across a vector,
+// and all seven products have one form, C[M x N] (+)= A[M x K] * B, with B laid out for it. The queries that share a key head are
+// rows of one block. On a CPU with AVX512-BF16 bfloat16 products are taken two at a time with sums in float32; elsewhere, and in
+// float32, they are float32 products.
+#include <algorithm>
+#include <vector>
+
+#include "vector_cpu.h"
+
+namespace {
+
+constexpr int64_t KEYS = 64;  // keys of a block
+constexpr int64_t QUERIES = 32;  // tokens of a block of queries, each with all the heads that share a key head
+#ifdef __AVX512F__
+constexpr int TALL = 6, WIDE = 4;  // 24 of 32 registers hold sums
+#else
+constexpr int TALL = 4, WIDE = 1;
+#endif
+
+// How numbers are multiplied. E: element in the buffers; PAIR: elements of the inner dimension that stand side by side.
+struct Single {
+  using E = float;
+  static constexpr int PAIR = 1;
+  static E element(float v) { return v; }
+  using Row = Floats;
+  static Floats row(const E* b) { return load(b); }
+  static Floats many(const E* a) { return all(*a); }
+  static Floats multiply(Floats sum, Floats a, Floats b) { return sum + a * b; }
+};
+
+#ifdef __AVX512BF16__
+struct Pairs {
+  using E = bf16;
+  static constexpr int PAIR = 2;
+  using Row = __m512bh;
+  static Row row(const E* b) { return (Row)_mm512_loadu_si512(b); }
+  static Row many(const E* a) {
+    int both;
+    std::memcpy(&both, a, 4);
+    return (Row)_mm512_set1_epi32(both);
+  }
+  static Floats multiply(Floats sum, Row a, Row b) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
+};
+#endif
+
+template <typename P, int M, int N>
+inline __attribute__((always_inline)) void tile(const typename P::E* a, int64_t a_row, const typename P::E* b, int64_t b_row, float* c,
+                                               int64_t c_row, int64_t inner, bool add) {
+  Floats sums[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) sums[i][j] = all(0.f);
+  for (int64_t k = 0; k < inner; k++) {
+    typename P::Row rows[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) rows[j] = P::row(b + (k * b_row + j * WIDTH) * P::PAIR);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      auto left = P::many(a + i * a_row + k * P::PAIR);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) sums[i][j] = P::multiply(sums[i][j], left, rows[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) {
+      float* to = c + i * c_row + j * WIDTH;
+      store(to, add ? load(to) + sums[i][j] : sums[i][j]);  // each block's own sum is added: fewer roundings than one long sum
+    }
+}
+
+template <typename P, int N>
+inline void strip(const typename P::E* a, int64_t a_row, const typename P::E* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+                  int64_t inner, bool add) {
+  int64_t i = 0;
+  for (; i + TALL <= m; i += TALL) tile<P, TALL, N>(a + i * a_row, a_row, b, b_row, c + i * c_row, c_row, inner, add);
+  for (; i < m; i++) tile<P, 1, N>(a + i * a_row, a_row, b, b_row, c + i * c_row, c_row, inner, add);
+}
+
+// a: [m][k], rows a_row apart. b: [k / PAIR][b_row][PAIR]. n is a multiple of WIDTH, k of PAIR.
+template <typename P>
+void product(const typename P::E* a, int64_t a_row, const typename P::E* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n,
+             int64_t k, bool add) {
+  int64_t j = 0, inner = k / P::PAIR;
+  for (; j + WIDE * WIDTH <= n; j += WIDE * WIDTH) strip<P, WIDE>(a, a_row, b + j * P::PAIR, b_row, c + j, c_row, m, inner, add);
+  for (; j < n; j += WIDTH) strip<P, 1>(a, a_row, b + j * P::PAIR, b_row, c + j, c_row, m, inner, add);
+}
+
+inline float value(float v) { return v; }
+inline float value(bf16 v) {
+  uint32_t bits = (uint32_t)v.bits << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline void assign(float& to, float v) { to = v; }
+inline void assign(bf16& to, float v) {
+  Halves half = rounded(all(v));
+  to.bits = half[0];
+}
+inline void assign(bf16& to, bf16 v) { to = v; }
+inline void assign(float& to, bf16 v) { to = value(v); }
+
+// [rows][width] -> [width / PAIR][padded][PAIR]: what multiplies rows of another matrix by these rows.
+template <typename P, typename T>
+void turned(const T* const* rows, int64_t count, int64_t padded, int64_t width, typename P::E* out) {
+  for (int64_t r = 0; r < padded; r++)
+    for (int64_t d = 0; d < width; d++) {
+      typename P::E& to = out[(d / P::PAIR * padded + r) * P::PAIR + d % P::PAIR];
+      if (r < count)
+        assign(to, rows[r][d]);
+      else
+        assign(to, 0.f);
+    }
+}
+
+// [rows][width] -> [padded / PAIR][width][PAIR]: what is summed over these rows.
+template <typename P, typename T>
+void paired(const T* const* rows, int64_t count, int64_t padded, int64_t width, typename P::E* out) {
+  for (int64_t r = 0; r < padded; r++)
+    for (int64_t d = 0; d < width; d++) {
+      typename P::E& to = out[(r / P::PAIR * width + d) * P::PAIR + r % P::PAIR];
+      if (r < count)
+        assign(to, rows[r][d]);
+      else
+        assign(to, 0.f);
+    }
+}
+
+// Rows x and x + 1 of a block of weights, where the sum over keys will look for them.
+inline void put_rows(float* out, int64_t x, int64_t padded, int64_t c, Floats a, Floats b) {
+  store(out + x * padded + c, a);
+  store(out + (x + 1) * padded + c, b);
+}
+inline void put_rows(bf16* out, int64_t x, int64_t padded, int64_t c, Floats a, Floats b) {
+  Words low = __builtin_convertvector(rounded(a), Words), high = __builtin_convertvector(rounded(b), Words);
+  Words both = low | (high << 16);
+  std::memcpy(out + (x / 2 * padded + c) * 2, &both, sizeof both);
+}
+
+struct Shape {
+  int64_t tokens, heads, keys, width;  // of q, k and v
+  int64_t window;                      // 0: none
+  float scale, softcap;                // softcap 0: none
+};
+
+template <typename T>
+struct Matrix {  // [tokens][heads][width], any distance between tokens and heads
+  T* at_first;
+  int64_t token, head;
+  T* at(int64_t t, int64_t h) const { return at_first + t * token + h * head; }
+};
+
+struct Task {
+  int64_t start, length, key;
+};
+
+// One task for each example and key head, the longest first.
+std::vector<Task> tasks_of(const int32_t* starts, int64_t examples, int64_t keys) {
+  std::vector<Task> tasks;
+  for (int64_t s = 0; s < examples; s++)
+    for (int64_t h = 0; h < keys && starts[s + 1] > starts[s]; h++) tasks.push_back({starts[s], starts[s + 1] - starts[s], h});
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.length > b.length; });
+  return tasks;
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The first block of keys that a block of queries starting at i can see.
+inline int64_t first_key(const Shape& s, int64_t i) { return s.window ? std::max<int64_t>(0, i - s.window + 1) / KEYS * KEYS : 0; }
+
+// The queries of one block: position of each row in its example.
+struct Block {
+  int64_t tokens, rows, padded;
+  std::vector<int32_t> position;
+
+  void open(int64_t i, int64_t length, int64_t groups) {
+    tokens = std::min(QUERIES, length - i), rows = tokens * groups, padded = round_up(rows, WIDTH);
+    position.assign(padded, -1);
+    for (int64_t r = 0; r < rows; r++) position[r] = i + r / groups;
+  }
+};
+
+inline Ints load_ints(const int32_t* from) {
+  Ints v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// Which of sixteen queries do not see a key.
+inline Ints hidden(const Shape& s, Ints position, int64_t key) {
+  Ints behind = position - (int32_t)key;
+  Ints no = behind < 0;
+  if (s.window) no |= behind >= (int32_t)s.window;
+  return no;
+}
+
+template <typename P, typename T>
+void forward(Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, T* out, float* lse, const int32_t* starts, int64_t examples, Shape s,
+             int threads) {
+  using E = typename P::E;
+  std::vector<Task> tasks = tasks_of(starts, examples, s.keys);
+  int64_t groups = s.heads / s.keys, D = s.width;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<E> keys, values, queries, weights;
+    std::vector<float> scores, result, most, total;
+    std::vector<const T*> rows;
+    Block block;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < (int64_t)tasks.size(); task++) {
+      auto [start, length, key] = tasks[task];
+      int64_t padded_length = round_up(length, KEYS);
+      keys.resize(length * D), values.assign(D * padded_length, E{});
+      for (int64_t j = 0; j < length; j++)
+        for (int64_t d = 0; d < D; d++) {
+          assign(keys[j * D + d], k.at(start + j, key)[d]);
+          assign(values[d * padded_length + j], v.at(start + j, key)[d]);
+        }
+      for (int64_t i = 0; i < length; i += QUERIES) {
+        block.open(i, length, groups);
+        int64_t R = block.padded;
+        rows.resize(block.rows);
+        for (int64_t r = 0; r < block.rows; r++) rows[r] = q.at(start + i + r / groups, key * groups + r % groups);
+        queries.resize(D * R), turned<P>(rows.data(), block.rows, R, D, queries.data());
+        scores.resize(KEYS * R), weights.resize(KEYS * R);
+        result.assign(D * R, 0.f), most.assign(R, -1e30f), total.assign(R, 0.f);
+        for (int64_t j = first_key(s, i); j < i + block.tokens; j += KEYS) {
+          int64_t n = std::min(KEYS, length - j);
+          product<P>(&keys[j * D], D, queries.data(), R, scores.data(), R, n, R, D, false);
+          bool edge = j + n > i + 1 || (s.window && j < i + block.tokens - s.window);
+          for (int64_t c = 0; c < R; c += WIDTH) {
+            Floats before = load(&most[c]), top = before;
+            Ints position = load_ints(&block.position[c]);
+            for (int64_t x = 0; x < n; x++) {
+              Floats score = load(&scores[x * R + c]) * s.scale;
+              if (s.softcap) score = s.softcap * hyperbolic_tangent(score / s.softcap).value;
+              if (edge) score = hidden(s, position, j + x) ? all(-INFINITY) : score;
+              store(&scores[x * R + c], score);
+              top = larger(score, top);
+            }
+            Floats shrink = exponential(before - top), sums = load(&total[c]) * shrink;
+            store(&most[c], top);
+            for (int64_t x = 0; x < KEYS; x += 2) {
+              Floats a = x < n ? exponential(load(&scores[x * R + c]) - top) : all(0.f);
+              Floats b = x + 1 < n ? exponential(load(&scores[(x + 1) * R + c]) - top) : all(0.f);
+              sums += a + b;
+              put_rows(weights.data(), x, R, c, a, b);
+            }
+            store(&total[c], sums);
+            for (int64_t d = 0; d < D; d++) store(&result[d * R + c], load(&result[d * R + c]) * shrink);
+          }
+          product<P>(&values[j], padded_length, weights.data(), R, result.data(), R, D, R, KEYS, true);
+        }
+        for (int64_t r = 0; r < block.rows; r++) {
+          int64_t token = start + i + r / groups, head = key * groups + r % groups;
+          T* to = out + (token * s.heads + head) * D;
+          float share = 1.f / total[r];
+          for (int64_t d = 0; d < D; d++) assign(to[d], result[d * R + r] * share);
+          lse[head * s.tokens + token] = most[r] + std::log(total[r]);
+        }
+      }
+    }
+  }
+}
+
+template <typename P, typename T>
+void backward(Matrix<const T> dout, Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, Matrix<const T> out, const float* lse, T* dq,
+              T* dk, T* dv, const int32_t* starts, int64_t examples, Shape s, int threads) {
+  using E = typename P::E;
+  std::vector<Task> tasks = tasks_of(starts, examples, s.keys);
+  int64_t groups = s.heads / s.keys, D = s.width;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<E> keys, values, turned_keys, queries, grads, query_pairs, grad_pairs, weights, slopes, slope_rows;
+    std::vector<float> scores, dweights, sum_q, sum_k, sum_v, norms, deltas;
+    std::vector<const T*> rows, drows;
+    Block block;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < (int64_t)tasks.size(); task++) {
+      auto [start, length, key] = tasks[task];
+      int64_t padded_length = round_up(length, KEYS);
+      keys.resize(length * D), values.resize(length * D), turned_keys.assign(D * padded_length, E{});
+      for (int64_t j = 0; j < length; j++)
+        for (int64_t d = 0; d < D; d++) {
+          assign(keys[j * D + d], k.at(start + j, key)[d]);
+          assign(values[j * D + d], v.at(start + j, key)[d]);
+          turned_keys[d * padded_length + j] = keys[j * D + d];
+        }
+      sum_k.assign(padded_length * D, 0.f), sum_v.assign(padded_length * D, 0.f);
+      for (int64_t i = 0; i < length; i += QUERIES) {
+        block.open(i, length, groups);
+        int64_t R = block.padded;
+        rows.resize(block.rows), drows.resize(block.rows), norms.assign(R, 0.f), deltas.assign(R, 0.f);
+        for (int64_t r = 0; r < block.rows; r++) {
+          int64_t token = start + i + r / groups, head = key * groups + r % groups;
+          rows[r] = q.at(token, head), drows[r] = dout.at(token, head);
+          norms[r] = lse[head * s.tokens + token];
+          const T* o = out.at(token, head);
+          Floats both = all(0.f);
+          for (int64_t d = 0; d < D; d += WIDTH) both += load(o + d) * load(drows[r] + d);
+          deltas[r] = sum(both);
+        }
+        queries.resize(D * R), turned<P>(rows.data(), block.rows, R, D, queries.data());
+        grads.resize(D * R), turned<P>(drows.data(), block.rows, R, D, grads.data());
+        query_pairs.resize(D * R), paired<P>(rows.data(), block.rows, R, D, query_pairs.data());
+        grad_pairs.resize(D * R), paired<P>(drows.data(), block.rows, R, D, grad_pairs.data());
+        scores.resize(KEYS * R), dweights.resize(KEYS * R), weights.resize(KEYS * R), slopes.resize(KEYS * R), slope_rows.resize(KEYS * R);
+        sum_q.assign(D * R, 0.f);
+        for (int64_t j = first_key(s, i); j < i + block.tokens; j += KEYS) {
+          int64_t n = std::min(KEYS, length - j);
+          bool edge = j + n > i + 1 || (s.window && j < i + block.tokens - s.window);
+          product<P>(&keys[j * D], D, queries.data(), R, scores.data(), R, n, R, D, false);
+          product<P>(&values[j * D], D, grads.data(), R, dweights.data(), R, n, R, D, false);
+          for (int64_t c = 0; c < R; c += WIDTH) {
+            Floats norm = load(&norms[c]), delta = load(&deltas[c]);
+            Ints position = load_ints(&block.position[c]);
+            for (int64_t x = 0; x < KEYS; x += 2) {
+              Floats slope[2] = {all(0.f), all(0.f)};
+              for (int64_t y = 0; y < 2 && x + y < n; y++) {
+                int64_t at = (x + y) * R + c;
+                Floats score = load(&scores[at]) * s.scale;
+                Floats factor = all(1.f);
+                if (s.softcap) {
+                  Tanh t = hyperbolic_tangent(score / s.softcap);
+                  score = s.softcap * t.value, factor = t.slope;
+                }
+                Floats weight = exponential(score - norm);
+                if (edge) weight = hidden(s, position, j + x + y) ? all(0.f) : weight;
+                slope[y] = weight * (load(&dweights[at]) - delta) * factor;
+                store(&weights[at], weight), store(&slope_rows[at], slope[y]);
+              }
+              put_rows(slopes.data(), x, R, c, slope[0], slope[1]);
+            }
+          }
+          product<P>(weights.data(), R, grad_pairs.data(), D, &sum_v[j * D], D, n, D, R, true);
+          product<P>(slope_rows.data(), R, query_pairs.data(), D, &sum_k[j * D], D, n, D, R, true);
+          product<P>(&turned_keys[j], padded_length, slopes.data(), R, sum_q.data(), R, D, R, KEYS, true);
+        }
+        for (int64_t r = 0; r < block.rows; r++) {
+          T* to = dq + ((start + i + r / groups) * s.heads + key * groups + r % groups) * D;
+          for (int64_t d = 0; d < D; d++) assign(to[d], sum_q[d * R + r] * s.scale);
+        }
+      }
+      for (int64_t j = 0; j < length; j++)
+        for (int64_t d = 0; d < D; d += WIDTH) {
+          int64_t to = ((start + j) * s.keys + key) * D + d;
+          store(dk + to, load(&sum_k[j * D + d]) * s.scale);
+          store(dv + to, load(&sum_v[j * D + d]));
+        }
+    }
+  }
+}
+
+#ifdef __AVX512BF16__
+using ForHalves = Pairs;
+#else
+using ForHalves = Single;
+#endif
+
+}  // namespace
+
+// steps: distance of tokens and of heads, for each matrix in the order of the arguments.
+#define ATTENTION(NAME, T, P)                                                                                                          \
+  void attention_##NAME(const T* q, const T* k, const T* v, const int64_t* steps, T* out, float* lse, const int32_t* starts,           \
+                        int64_t examples, int64_t tokens, int64_t heads, int64_t keys, int64_t width, int64_t window, float scale,     \
+                        float softcap, int threads) {                                                                                 \
+    forward<P, T>({q, steps[0], steps[1]}, {k, steps[2], steps[3]}, {v, steps[4], steps[5]}, out, lse, starts, examples,               \
+                  {tokens, heads, keys, width, window, scale, softcap}, threads);                                                      \
+  }                                                                                                                                    \
+  void attention_backward_##NAME(const T* dout, const T* q, const T* k, const T* v, const T* out, const int64_t* steps,                \
+                                 const float* lse, T* dq, T* dk, T* dv, const int32_t* starts, int64_t examples, int64_t tokens,       \
+                                 int64_t heads, int64_t keys, int64_t width, int64_t window, float scale, float softcap,               \
+                                 int threads) {                                                                                       \
+    backward<P, T>({dout, steps[0], steps[1]}, {q, steps[2], steps[3]}, {k, steps[4], steps[5]}, {v, steps[6], steps[7]},              \
+                   {out, steps[8], steps[9]}, lse, dq, dk, dv, starts, examples,                                                       \
+                   {tokens, heads, keys, width, window, scale, softcap}, threads);                                                     \
+  }
+
+extern "C" {
+ATTENTION(f, float, Single)
+ATTENTION(h, bf16, ForHalves)
+// How bfloat16 products are computed here: 2 with instructions of their own, 1 as float32.
+int attention_pairs() { return ForHalves::PAIR; }
+}
