@@ -45,7 +45,7 @@ class Greedy:
     """
 
     def __init__(self, model: Any, *, most: int, first: int = 1, where: str = "forward") -> None:
-        self._loss, self._most, self._first, self._where = sft_loss(model, linear_cross_entropy), most, first, where
+        self._loss, self._most, self._first, self._where = sft_loss(model), most, first, where
         self.rows: list[int] = []
 
     def __call__(self, model: Any, batch: MicroTensors) -> torch.Tensor:
@@ -67,7 +67,7 @@ def prepared(plan_of: Callable[..., Any]) -> Callable[..., tuple[TorchEngine, Re
         engine = TorchEngine(FakeBackend("cpu"), recovery)
         # A large epsilon: without it Adam blows rounding up where a gradient is nearly zero.
         optim = optim or OptimSpec(eps=1e-3, clip_norm=0.0)
-        engine.prepare(model, loss or sft_loss(model, linear_cross_entropy), optim, replace(plan_of(model), **plan), seed=1)
+        engine.prepare(model, loss or sft_loss(model), optim, replace(plan_of(model), **plan), seed=1)
         return engine, recovery
 
     return made
@@ -124,7 +124,7 @@ def test_without_need_nothing_is_divided(small: Any, prepared: Any, examples: li
     step = of_eight(examples)
     engine, recovery = prepared(model)
     engine.step(step, 0, 0.0)
-    loss = sft_loss(by_hand, linear_cross_entropy)
+    loss = sft_loss(by_hand)
     for micro in step.micro:
         part = micro_tensors(micro.input_ids, micro.position_ids, micro.labels, torch.device("cpu"))
         (loss(by_hand, part) / step.label_count).backward()
@@ -136,7 +136,7 @@ def test_without_need_nothing_is_divided(small: Any, prepared: Any, examples: li
 def test_each_row_is_taken_once_and_whole(small: Any, prepared: Any, examples: list[Example]) -> None:
     seen: list[MicroTensors] = []
     model = small()
-    real = sft_loss(model, linear_cross_entropy)
+    real = sft_loss(model)
 
     def loss(_: Any, batch: MicroTensors) -> torch.Tensor:
         seen.append(batch)

@@ -40,7 +40,7 @@ def prepared(plan_of: Callable[..., Plan]) -> Prepared:
 
     def engine(model: Any, optim: OptimSpec | None = USUAL, *, backend: Any = None, seed: int = 1, **changes: Any) -> TorchEngine:
         made = TorchEngine(backend or CpuBackend())
-        made.prepare(model, sft_loss(model, linear_cross_entropy), optim, replace(plan_of(model), **changes), seed=seed)
+        made.prepare(model, sft_loss(model), optim, replace(plan_of(model), **changes), seed=seed)
         return made
 
     return engine

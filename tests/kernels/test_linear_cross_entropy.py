@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy as of_labelled
-from pantheraml.kernels.table import KERNELS, REFERENCE, installed, kernel
 
 V, D = 37, 12
 
@@ -229,21 +228,3 @@ def test_without_gradients_none_are_computed() -> None:
     assert not found.requires_grad
     # The logits of two tokens and their copies; a gradient of the weight would be 32 times as much.
     assert memory.peak_bytes <= 2 * vocab * 12
-
-
-def test_the_table_names_functions_that_are_there() -> None:
-    for operation in REFERENCE:
-        for kind in ("cpu", "cuda", "xpu", "a device of next year"):
-            assert callable(kernel(operation, kind))
-    assert kernel("linear_cross_entropy", "cpu") is of_labelled
-    assert all(operation in REFERENCE for operation, _ in KERNELS)
-    with pytest.raises(KeyError, match="no such operation"):
-        kernel("no such operation", "cpu")
-
-
-def test_installed_says_what_would_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert installed("cpu") == dict(REFERENCE)
-    monkeypatch.setattr("pantheraml.kernels.table.KERNELS", {("linear_cross_entropy", "cuda"): "torch.nn.functional:cross_entropy"})
-    assert installed("cuda") == {**REFERENCE, "linear_cross_entropy": "torch.nn.functional:cross_entropy"}
-    assert installed("cpu") == dict(REFERENCE)
-    assert kernel("linear_cross_entropy", "cuda") is torch.nn.functional.cross_entropy

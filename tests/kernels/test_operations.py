@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from pantheraml.kernels import native
 from pantheraml.kernels.library import ops
-from pantheraml.kernels.table import KERNELS, OPERATIONS, load
+from pantheraml.kernels.table import KERNELS, OPERATIONS, installed, load
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -297,3 +298,34 @@ def test_torch_knows_the_operations() -> None:
     assert calls.keys() == OPERATIONS.keys()
     for name, given in calls.items():
         torch.library.opcheck(getattr(ops, name).default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_implementation_of_the_table_is_there_or_its_package_is_not() -> None:
+    for kind in ("cpu", "a device of next year"):
+        assert all(callable(load(target)) for target in installed(kind).values())
+    assert installed("a device of next year") == {name: operation.reference for name, operation in OPERATIONS.items()}
+    assert installed("cpu")["attention"] == KERNELS["attention", "cpu"]
+    assert all(name in OPERATIONS for name, _ in KERNELS)
+
+
+def test_without_a_compiler_the_references_compute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_state", native._State(folder=tmp_path))
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    x = drawn(5, 32)
+    assert torch.equal(ops.rms_norm(x, None, 1e-5, 0.0)[0], load(OPERATIONS["rms_norm"].reference)(x, None, 1e-5, 0.0)[0])
+    assert "no C++ compiler" in (native.why_not() or "")
+
+
+def test_a_build_is_announced_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if native.library() is None:
+        pytest.skip(f"the C++ kernels are not here: {native.why_not()}")
+    said: list[str] = []
+    for _ in range(2):
+        monkeypatch.setattr(native, "_state", native._State())
+        assert native.prepare(tmp_path, said.append) is None
+    assert len(said) == 1 and said[0].startswith("Building the CPU kernels")
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
+    broken = tmp_path / "other"
+    monkeypatch.setattr(native, "_state", native._State())
+    monkeypatch.setattr(native, "_FLAGS", ("-std=c++20", "-no-such-flag"))
+    assert native.prepare(broken) is not None and native.library() is None and not list((broken / "kernels").glob("*.so"))

@@ -16,15 +16,15 @@ from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.engines.torch_engine import TorchEngine, micro_tensors
 from pantheraml.export.safetensors import merge_model, save_full
 from pantheraml.hardware.cpu import CpuBackend
-from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models import head
 from pantheraml.models.adapters import attach
+from pantheraml.models.decoder import decodes
 from pantheraml.models.generate import generate
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import shape_of
 from pantheraml.models.tiny import FAMILIES
 from pantheraml.recipe.types import LoRA, OptimSpec
-from pantheraml.trainer.sft import head_loss, sft_loss, stock_loss
+from pantheraml.trainer.sft import head_loss, hidden_states, sft_loss, stock_loss
 
 # Not in head.FAMILIES: they keep their own forward. Names of transformers, and sizes in its words.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -81,11 +81,11 @@ def by_definition(model: Any, examples: list[Example]) -> tuple[float, Gradients
 
 
 def ours(model: Any, step: StepBatch, known: head.Head | None = None) -> tuple[float, Gradients]:
-    loss_of = sft_loss(model, linear_cross_entropy)
+    loss_of = sft_loss(model)
     total = 0.0
     for micro in step.micro:
         part = micro_tensors(micro.input_ids, micro.position_ids, micro.labels, torch.device("cpu"))
-        loss = loss_of(model, part) if known is None else head_loss(known, part, linear_cross_entropy)
+        loss = loss_of(model, part) if known is None else head_loss(known, hidden_states(known, part), part)
         loss.backward()
         total += loss.item()
     return total, gradients(model)
@@ -104,7 +104,7 @@ def worst(found: Gradients, wanted: Gradients) -> tuple[float, str]:
 
 def train(model: Any, step: StepBatch, plan: Any, *, steps: int, lr: float) -> list[float]:
     engine = TorchEngine(CpuBackend())
-    engine.prepare(model, sft_loss(model, linear_cross_entropy), OptimSpec(), plan, seed=1)
+    engine.prepare(model, sft_loss(model), OptimSpec(), plan, seed=1)
     values = engine.read([engine.step(step, k, lr) for k in range(steps)])
     model.eval()
     assert all(value.ok for value in values)
@@ -120,6 +120,7 @@ def test_loss_and_gradients_are_transformers_own(family: str, small: Any, exampl
     model = small(family)
     assert head.output_head(model) is not None
     wanted, exact = by_definition(model, examples)
+    assert (decodes(model) is None) == (family != "falcon_h1")  # the kernels compute the layers of all others
     packs = shape_of(model, family).packs
     assert packs == (family != "falcon_h1")
     for layout, step in layouts(examples).items():
@@ -147,7 +148,7 @@ def test_what_a_family_does_to_its_logits_matters_here(family: str, small: Any, 
 def test_an_unknown_family_trains_through_its_own_forward(family: str, examples: list[Example], plan_of: Any) -> None:
     model = other(family)
     assert head.output_head(model) is None
-    assert sft_loss(model, linear_cross_entropy) is stock_loss
+    assert sft_loss(model) is stock_loss
     wanted, exact = by_definition(model, examples)
     steps = layouts(examples)
     for layout in ("padded", "packed") if keeps_apart(model) else ("padded",):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pantheraml.kernels.library import ops
+
 
 def linear_cross_entropy(
     hidden_ND: Tensor,
@@ -35,7 +37,8 @@ def linear_cross_entropy(
         bias_V: added to the logits before the scale.
         scale: factor of the logits (Granite, Cohere, Falcon-H1).
         softcap: bound of the logits (Gemma 2); None: none.
-        chunk: labelled tokens a block; extra memory is at most about chunk * V * 12 bytes.
+        chunk: labelled tokens a block; extra memory is the logits of one chunk in their dtype, and in float32
+            beside them on a device without a kernel of its own.
     Returns: scalar float32, the sum over the N tokens; 0 where there are none.
     Source: the idea of arXiv 2411.09009 (never materialise the logits), here in plain torch.
     """
@@ -73,24 +76,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, hidden_ND.shape[0], chunk):
                 hidden_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
-                logits_CV = F.linear(hidden_CD, weight, bias).float()
-                if scale != 1.0:
-                    logits_CV *= scale
-                if softcap is not None:
-                    logits_CV.div_(softcap).tanh_().mul_(softcap)
-                lse_C = torch.logsumexp(logits_CV, dim=-1)
-                total += (lse_C - logits_CV.gather(1, labels_C[:, None]).squeeze(1)).sum()
-                if not (need_hidden or need_weight or need_bias):
-                    continue
-                grad_CV = (logits_CV - lse_C[:, None]).exp_()
-                grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((labels_C.shape[0], 1), -1.0))
-                if softcap is not None:
-                    grad_CV *= logits_CV.div_(softcap).square_().neg_().add_(1)
-                if scale != 1.0:
-                    grad_CV *= scale
+                logits_CV = F.linear(hidden_CD, weight, bias)
+                needed = need_hidden or need_weight or need_bias
+                total += ops.cross_entropy(logits_CV, labels_C, scale, softcap or 0.0, needed).sum()
+                grad_CV = logits_CV  # their gradient has taken their place
                 if grad_bias is not None:
-                    grad_bias += grad_CV.sum(0)
-                grad_CV = grad_CV.to(dtype)
+                    grad_bias += grad_CV.sum(0, dtype=torch.float32)
                 if grad_hidden is not None:
                     torch.matmul(grad_CV, weight, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:

@@ -73,14 +73,3 @@ def load(target: str) -> Callable[..., Any]:
 def installed(kind: str) -> dict[str, str]:
     """Each operation and what computes it on `kind`, for the doctor and the report."""
     return {name: KERNELS.get((name, kind), operation.reference) for name, operation in OPERATIONS.items()}
-
-
-REFERENCE: Mapping[str, str] = {
-    "linear_cross_entropy": "pantheraml.kernels.linear_cross_entropy:linear_cross_entropy",
-    "lora_linear": "pantheraml.kernels.lora_linear:lora_linear",
-}
-
-
-def kernel(operation: str, kind: str) -> Callable[..., Any]:
-    """The function for an operation that is a composition."""
-    return load(REFERENCE[operation])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,3 @@ def output_head(model: Any) -> Head | None:
         return None
     scale, softcap = facts(causal.config)
     return Head(getattr(causal, causal.base_model_prefix), linear, float(scale), softcap)
-
-
-def hidden_states(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """[B, T, D] after the last norm."""
-    return head.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state

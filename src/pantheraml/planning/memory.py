@@ -9,9 +9,16 @@ Letters: D hidden, Q = heads * head_dim, K = kv_heads * head_dim, F intermediate
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pantheraml.planning.shape import ModelShape
 
+Level = Literal["keep", "cheap", "all", "tiled", "offload"]
+"""What a layer does between forward and backward. keep: everything that backward needs is kept. cheap: results of norms and
+gates are computed again. all: only the layer's input is kept, the rest is computed again. tiled: the same, with the MLP taken
+a piece of the tokens at a time. offload: like all, with the input in ordinary memory."""
+TILE_TOKENS = 1024
+"""Tokens of a piece of the MLP at the level `tiled`."""
 LOSS_CHUNK_TOKENS = 1024
 """Labelled tokens whose logits the fused output head holds at once."""
 RUNTIME_BYTES = 512 << 20

@@ -9,7 +9,6 @@ from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DataError
 from pantheraml.hardware.backend import open_backend
 from pantheraml.hardware.recovery import Recovery
-from pantheraml.kernels.table import kernel
 from pantheraml.recipe.types import Recipe
 from pantheraml.trainer.run import batches_of, layout_of, survey
 from pantheraml.trainer.runs import Loaded
@@ -33,7 +32,7 @@ def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
     backend = open_backend(plan.device.kind)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     engine = TorchEngine(backend, recovery)
-    engine.prepare(loaded.model, sft_loss(loaded.model, kernel("linear_cross_entropy", plan.device.kind)), None, plan, seed=recipe.run.seed)
+    engine.prepare(loaded.model, sft_loss(loaded.model), None, plan, seed=recipe.run.seed)
     layout = layout_of(replace(plan, packing=False), view.tokenizer, trim=not backend.static_shapes)
     samples, asked = ask(data.questions, (), data.encoder)
     samples = with_answers(samples, answers(loaded.model, loaded.tokenizer, asked, recipe.eval.max_new_tokens), after=True)

@@ -28,7 +28,6 @@ from pantheraml.hardware.cpu import usable_cores
 from pantheraml.hardware.find import find
 from pantheraml.hardware.monitor import Monitor
 from pantheraml.hardware.recovery import Recovery
-from pantheraml.kernels.table import kernel
 from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
@@ -193,7 +192,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     engine = TorchEngine(backend, recovery)
-    loss = sft_loss(model, kernel("linear_cross_entropy", plan.device.kind))
+    loss = sft_loss(model)
     engine.prepare(model, loss, recipe.optim, plan, seed=recipe.run.seed)
 
     # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.
@@ -229,7 +228,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        with monitor, fused_lora(model, plan.device.kind):
+        with monitor, fused_lora(model):
             position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
         watch.close()
@@ -248,7 +247,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         except Damaged as error:
             notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
             console.print(notes[-1], markup=False)
-    with fused_lora(model, plan.device.kind):
+    with fused_lora(model):
         final = engine.evaluate(held_out) if held_out else None
     notes += recovery.said
     samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)

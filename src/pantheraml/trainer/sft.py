@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.models.head import Head, hidden_states, output_head
+from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
+from pantheraml.models.decoder import Decoder, decodes
+from pantheraml.models.head import Head, output_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pantheraml.engines.engine import LossFn, MicroTensors
+    from pantheraml.planning.memory import Level
 
 
-def sft_loss(model: Any, linear_cross_entropy: Callable[..., Tensor]) -> LossFn:
-    """The loss for this model: from its last hidden states where its head is known, else from its own logits."""
+def sft_loss(model: Any, levels: Sequence[Level] | None = None) -> LossFn:
+    """The loss for this model: by the kernels where its layers are known, from its own hidden states where its head is, else from its logits.
+
+    Args:
+        levels: what each layer keeps for backward, where the kernels compute the layers.
+    """
     head = output_head(model)
     if head is None:
         return stock_loss
+    decoder = Decoder(model, levels) if decodes(model) is None else None
 
     def from_hidden(_: Any, batch: MicroTensors) -> Tensor:
-        return head_loss(head, batch, linear_cross_entropy)
+        return head_loss(head, hidden_states(head, batch) if decoder is None else decoder.hidden(batch), batch)
 
     return from_hidden
 
 
-def head_loss(head: Head, batch: MicroTensors, linear_cross_entropy: Callable[..., Tensor]) -> Tensor:
-    """Sum of the token losses without the logits of the whole batch."""
-    hidden_BTD = hidden_states(head, batch.input_ids, batch.position_ids)
+def head_loss(head: Head, hidden_ND: Tensor, batch: MicroTensors) -> Tensor:
+    """Sum of the token losses without the logits of the whole batch. hidden_ND: of the labelled tokens."""
     return linear_cross_entropy(
-        hidden_BTD.flatten(0, 1).index_select(0, batch.labelled),
+        hidden_ND,
         head.linear.weight,
         batch.labels.flatten().index_select(0, batch.labelled),
         bias_V=head.linear.bias,
         scale=head.scale,
         softcap=head.softcap,
     )
+
+
+def hidden_states(head: Head, batch: MicroTensors) -> Tensor:
+    """[labelled tokens, D] after the last norm, by the model's own forward."""
+    hidden_BTD = head.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+    return hidden_BTD.flatten(0, 1).index_select(0, batch.labelled)
 
 
 def stock_loss(model: Any, batch: MicroTensors) -> Tensor:

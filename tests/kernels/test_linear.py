@@ -1,4 +1,4 @@
-"""The adapted linear layer against its definition in float64 and against PEFT's own, and every claim of its docstring."""
+"""Linear layers with adapters, norm, gate and residual against their definition in float64 and PEFT's own, and what they keep."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from pantheraml.kernels.lora_linear import lora_linear
+from pantheraml.kernels.linear import Norm, Projection, gated_linear, linear, linears
 
 SCALE = 1.75
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """One adapted layer on rows of any leading dimensions, in the dtype of x."""
+    return linear(x.reshape(-1, x.shape[-1]), Projection(weight, bias, a, b, scale)).view(*x.shape[:-1], len(weight))
 
 
 def inputs(*leading: int, n_in: int = 24, n_out: int = 17, rank: int = 5, bias: bool = True, seed: int = 0) -> list[Tensor]:
@@ -128,7 +133,87 @@ def test_gradients_that_nobody_needs_are_not_computed() -> None:
     assert x.grad is None
 
 
-def test_a_base_that_trains_is_refused() -> None:
-    x, weight, bias, a, b = inputs(2)
-    with pytest.raises(ValueError, match="must be frozen"):
-        lora_linear(x, weight.requires_grad_(), bias, a, b, SCALE)
+def test_a_base_that_trains_gets_its_gradient() -> None:
+    x, weight, bias, a, b = inputs(7)
+    given = [each.clone().requires_grad_() for each in (x, weight, bias, a, b)]
+    upstream = torch.randn(7, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact = torch.autograd.grad(definition(*given), given, upstream)
+    ours = torch.autograd.grad(lora_linear(*given, SCALE), given, upstream)
+    assert all(relative(mine, true) < 1e-14 for mine, true in zip(ours, exact, strict=True))
+
+
+class Held:
+    """A base whose numbers are not to be had as a matrix: a frozen weight behind the two products."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.prepared = weight, 0
+
+    def prepare(self, x: Tensor) -> Tensor:
+        self.prepared += 1
+        return x
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        return prepared @ self.weight.T
+
+    def backward(self, grad: Tensor) -> Tensor:
+        return grad @ self.weight
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["matrix", "held"])
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_group_on_one_input_is_its_layers_one_by_one(held: bool, keep: bool, normed: bool) -> None:
+    x, weight, bias, a, b = inputs(9)
+    norm_weight = torch.linspace(0.5, 1.5, 24, dtype=torch.float64)
+    _, other, _, _, _ = inputs(9, seed=3)
+    bases = [Held(weight), Held(other)]
+    leaves = [each.clone().requires_grad_() for each in (x, norm_weight, a, b)]
+    upstream = [torch.randn(9, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (17, 18, 24)]
+    upstream[1] = upstream[1][:, :17]
+
+    def one_by_one(x: Tensor, norm_weight: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+        h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (norm_weight + 1.0) if normed else x + 0 * norm_weight
+        return [h @ weight.T + bias + SCALE * (h @ a.T) @ b.T, h @ other.T, x]
+
+    def together(x: Tensor, norm_weight: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+        projections = [
+            Projection(None if held else weight, bias, a, b, SCALE, bases[0] if held else None),
+            Projection(None if held else other, base=bases[1] if held else None),
+        ]
+        norm = Norm(norm_weight, 1e-6, 1.0) if normed else None
+        results = list(linears(x, projections, norm=norm, keep=keep, through=True))
+        if not normed:
+            results[0] = results[0] + 0 * norm_weight.sum()
+        return results
+
+    exact, ours = one_by_one(*leaves), together(*leaves)
+    assert all(relative(mine.detach(), true.detach()) < 1e-14 for mine, true in zip(ours, exact, strict=True))
+    wanted, found = (torch.autograd.grad(each, leaves, upstream) for each in (exact, ours))
+    for name, mine, true in zip(("x", "norm", "a", "b"), found, wanted, strict=True):
+        assert relative(mine, true) < 1e-13 or not true.any(), name
+    if held:
+        assert [base.prepared for base in bases] == [1, 0]  # what an input becomes is made once for the group
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gate_layer_and_residual(factor: float, keep: bool, bias: bool) -> None:
+    gate, weight, bias_o, a, b = inputs(8)
+    up, residual = gate.flip(0), torch.randn(8, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    leaves = [each.clone().requires_grad_() for each in (gate, up, weight, bias_o, a, b, residual)]
+    upstream = torch.randn(8, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+    def by_definition(gate: Tensor, up: Tensor, weight: Tensor, bias_o: Tensor, a: Tensor, b: Tensor, residual: Tensor) -> Tensor:
+        return residual + factor * definition(torch.sigmoid(gate) * gate * up, weight, bias_o if bias else bias_o * 0, a, b)
+
+    def ours(gate: Tensor, up: Tensor, weight: Tensor, bias_o: Tensor, a: Tensor, b: Tensor, residual: Tensor) -> Tensor:
+        layer = Projection(weight, bias_o if bias else None, a, b, SCALE)
+        y = gated_linear(gate, up, "silu", layer, residual_NO=residual, factor=factor, keep=keep)
+        return y if bias else y + 0 * bias_o
+
+    assert relative(ours(*leaves).detach(), by_definition(*leaves).detach()) < 1e-14
+    wanted = torch.autograd.grad(by_definition(*leaves), leaves, upstream)
+    found = torch.autograd.grad(ours(*leaves), leaves, upstream)
+    for name, mine, true in zip(("gate", "up", "weight", "bias", "a", "b", "residual"), found, wanted, strict=True):
+        assert relative(mine, true) < 1e-13 or not true.any(), name

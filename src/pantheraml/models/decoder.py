@@ -1,0 +1,279 @@
+"""The layers of a known causal language model, computed by the kernels over tokens that stand one after the other.
+
+Nothing of the model is changed: the same modules and parameters are read, in another order of arithmetic. There are no
+rows and no mask here, since attention knows where each example begins; and behind the last attention only tokens that
+have a label go on. A family that is not known, or a part that is not plain, keeps its own forward.
+
+Letters: N tokens, D hidden, H heads, K key heads, W width of a head, R pairs that are rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pantheraml.kernels.attention import attention
+from pantheraml.kernels.gated import Activation, gated
+from pantheraml.kernels.gated import reference as gate
+from pantheraml.kernels.linear import Norm, Projection, gated_linear, linear, linears
+from pantheraml.kernels.rms_norm import rms_norm
+from pantheraml.kernels.rope import rope
+from pantheraml.models.head import causal_model
+from pantheraml.models.lora import projection
+from pantheraml.planning.memory import TILE_TOKENS, Level
+
+if TYPE_CHECKING:
+    from pantheraml.engines.engine import MicroTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How the layers of a family are put together; names are those of its modules in transformers.
+
+    Attributes:
+        before_mlp: the norm before the MLP; None: attention and MLP stand side by side behind one norm.
+        after_attention, after_mlp: norms of what a block adds (Gemma 2 and 3).
+        offset: what is added to the weights of norms. plain_norm: the norm is no root mean square norm.
+        qkv, gate_up: of the linear layers; one name where they are stored as one.
+        interleaved: which values of a head are rotated together.
+        embedding, residual: names of factors in the configuration.
+        softcap: attention's scores are bounded.
+        rotates: whether a layer of this type rotates at all.
+    """
+
+    before_mlp: str | None = "post_attention_layernorm"
+    after_attention: str | None = None
+    after_mlp: str | None = None
+    offset: float = 0.0
+    plain_norm: bool = False
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    interleaved: bool = False
+    embedding: str | None = None
+    residual: str | None = None
+    softcap: bool = False
+    rotates: Callable[[str | None], bool] = lambda _: True
+
+
+_FOUR_NORMS: dict[str, Any] = {
+    "before_mlp": "pre_feedforward_layernorm",
+    "after_attention": "post_attention_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+    "offset": 1.0,
+}
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "granite": Family(embedding="embedding_multiplier", residual="residual_multiplier"),
+    "gemma": Family(offset=1.0),
+    "gemma2": Family(**_FOUR_NORMS, softcap=True),
+    "gemma3_text": Family(**_FOUR_NORMS),
+    "cohere": Family(before_mlp=None, plain_norm=True, interleaved=True),
+    "cohere2": Family(before_mlp=None, plain_norm=True, interleaved=True, rotates=lambda kind: kind == "sliding_attention"),
+    "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+}
+
+
+class Decoder:
+    """The last hidden states of a model, for the tokens that have a label.
+
+    Args:
+        levels: what each layer keeps for backward; see planning/memory.py. None: everything that is not cheap.
+        in_host_memory: a context in which what is saved for backward goes to ordinary memory.
+    """
+
+    def __init__(self, model: Any, levels: Sequence[Level] | None = None, in_host_memory: Callable[[], Any] | None = None) -> None:
+        causal = causal_model(model)
+        self._config = causal.config
+        self._family = FAMILIES[causal.config.model_type]
+        self._backbone: Any = getattr(causal, causal.base_model_prefix)
+        self._layers: list[Any] = list(self._backbone.layers)
+        self.levels: tuple[Level, ...] = tuple(levels or ("cheap",) * len(self._layers))
+        self._in_host_memory = in_host_memory
+        self._activations = [_activation_of(layer.mlp) for layer in self._layers]
+
+    def hidden(self, batch: MicroTensors) -> Tensor:
+        """[labelled tokens, D], after the last norm, in the dtype of the products."""
+        family, config = self._family, self._config
+        kind = batch.input_ids.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        x_ND = self._backbone.embed_tokens(batch.input_ids.flatten())
+        x_ND = x_ND if dtype is None else x_ND.to(dtype)
+        if family.embedding:
+            x_ND = x_ND * getattr(config, family.embedding)
+        angles = self._angles(batch)
+        last = len(self._layers) - 1
+        for i, (layer, level) in enumerate(zip(self._layers, self.levels, strict=True)):
+            rows = batch.labelled if i == last else None
+            x_ND = self._at(level, i, layer, x_ND, batch, angles, rows)
+        norm = self._norm(self._backbone.norm)
+        return self._backbone.norm(x_ND) if norm is None else rms_norm(x_ND, norm.weight_I, eps=norm.eps, offset=norm.offset)
+
+    def _at(self, level: Level, i: int, layer: Any, x: Tensor, batch: MicroTensors, angles: Any, rows: Tensor | None) -> Tensor:
+        """One layer at its level."""
+
+        def run(x: Tensor) -> Tensor:
+            return self._layer(i, layer, x, batch, angles, rows, keep=level == "keep", tile=TILE_TOKENS if level == "tiled" else None)
+
+        if level in ("keep", "cheap") or not torch.is_grad_enabled():
+            return run(x)
+        if level == "offload" and self._in_host_memory is not None:
+            with self._in_host_memory():
+                return checkpoint(run, x, use_reentrant=False)
+        return checkpoint(run, x, use_reentrant=False)
+
+    def _layer(
+        self, i: int, layer: Any, x_ND: Tensor, batch: MicroTensors, angles: Any, rows: Tensor | None, *, keep: bool, tile: int | None
+    ) -> Tensor:
+        family, attend, mlp = self._family, layer.self_attn, layer.mlp
+        factor = float(getattr(self._config, family.residual)) if family.residual else 1.0
+        inputs = [getattr(attend, name) for name in family.qkv]
+        if family.before_mlp is None:
+            inputs += [getattr(mlp, name) for name in family.gate_up]
+        *results, x_ND = self._group(inputs, x_ND, layer.input_layernorm, keep)
+        gate_up = results[len(family.qkv) :]
+        attended = self._attend(attend, results[: len(family.qkv)], batch, angles)
+        if rows is not None:
+            attended, x_ND = attended.index_select(0, rows), x_ND.index_select(0, rows)
+            gate_up = [each.index_select(0, rows) for each in gate_up]
+        after = None if family.after_attention is None else getattr(layer, family.after_attention)
+        x_ND = self._back(attend.o_proj, attended, x_ND, after, factor)
+
+        def rest(x_ND: Tensor) -> Tensor:
+            widened = gate_up
+            if family.before_mlp is not None:
+                modules = [getattr(mlp, name) for name in family.gate_up]
+                *widened, x_ND = self._group(modules, x_ND, getattr(layer, family.before_mlp), keep)
+            gate, up = widened if len(widened) == 2 else widened[0].chunk(2, -1)
+            after = None if family.after_mlp is None else getattr(layer, family.after_mlp)
+            return self._down(mlp.down_proj, gate, up, self._activations[i], x_ND, after, factor, keep)
+
+        if tile is None or family.before_mlp is None or not torch.is_grad_enabled():
+            return rest(x_ND)
+        # One piece of the tokens at a time, so that gate and up of all of them are never in memory at once.
+        return torch.cat([checkpoint(rest, piece, use_reentrant=False) for piece in x_ND.split(tile)])
+
+    def _attend(self, attend: Any, results: Sequence[Tensor], batch: MicroTensors, angles: Any) -> Tensor:
+        """[N, H * W] from q, k and v as they come out of their layers."""
+        config, family, width = self._config, self._family, attend.head_dim
+        if len(results) == 1:
+            keys = config.num_key_value_heads * width
+            results = results[0].split([results[0].shape[1] - 2 * keys, keys, keys], -1)
+        q, k, v = (each.unflatten(-1, (-1, width)) for each in results)
+        if hasattr(attend, "q_norm"):
+            q, k = self._normed(attend.q_norm, q), self._normed(attend.k_norm, k)
+        kind = getattr(config, "layer_types", None)
+        kind = None if kind is None else kind[attend.layer_idx]
+        if family.rotates(kind):
+            cos, sin = angles[kind] if isinstance(angles, dict) else angles
+            q, k = (rope(each, cos, sin, interleaved=family.interleaved) for each in (q, k))
+        window = attend.sliding_window if hasattr(attend, "sliding_window") else getattr(config, "sliding_window", None)
+        softcap = attend.attn_logit_softcapping if family.softcap else None
+        out = attention(q, k, v, batch.starts, batch.longest, scale=attend.scaling, window=window, softcap=softcap)
+        return out.flatten(1)
+
+    def _group(self, modules: Sequence[nn.Module], x: Tensor, norm: Any, keep: bool) -> tuple[Tensor, ...]:
+        """The results of linear layers on norm(x), and x."""
+        projections = [projection(module) for module in modules]
+        fused = self._norm(norm)
+        if fused is not None and all(each is not None for each in projections):
+            return linears(x, _present(projections), norm=fused, keep=keep, through=True)
+        h = norm(x) if fused is None else rms_norm(x, fused.weight_I, eps=fused.eps, offset=fused.offset)
+        h = h.to(x.dtype)
+        if all(each is not None for each in projections):
+            return *linears(h, _present(projections)), x
+        return *(module(h).to(x.dtype) for module in modules), x
+
+    def _back(self, module: nn.Module, y: Tensor, x: Tensor, after: Any, factor: float) -> Tensor:
+        """x + factor * after(module(y))."""
+        plain = projection(module)
+        if plain is not None and after is None:
+            return linear(y, plain, residual_NO=x, factor=factor)
+        return self._added(x, module(y).to(x.dtype) if plain is None else linear(y, plain), after, factor)
+
+    def _down(
+        self, module: nn.Module, gate_NF: Tensor, up_NF: Tensor, activation: Activation, x: Tensor, after: Any, factor: float, keep: bool
+    ) -> Tensor:
+        """x + factor * after(module(act(gate) * up))."""
+        plain = projection(module)
+        if plain is not None and after is None:
+            return gated_linear(gate_NF, up_NF, activation, plain, residual_NO=x, factor=factor, keep=keep)
+        if plain is not None:
+            return self._added(x, gated_linear(gate_NF, up_NF, activation, plain, keep=keep), after, factor)
+        return self._added(x, module(gated(gate_NF, up_NF, activation)).to(x.dtype), after, factor)
+
+    def _added(self, x: Tensor, y: Tensor, after: Any, factor: float) -> Tensor:
+        y = y if after is None else self._normed(after, y)
+        return x + (y if factor == 1.0 else y * factor)
+
+    def _normed(self, module: Any, x: Tensor) -> Tensor:
+        """The norm of a module over the last dimension."""
+        norm = self._norm(module)
+        if norm is None:
+            return module(x).to(x.dtype)
+        return rms_norm(x.flatten(0, -2), norm.weight_I, eps=norm.eps, offset=norm.offset).view(x.shape)
+
+    def _norm(self, module: Any) -> Norm | None:
+        """The facts of a root mean square norm; None: it is another one."""
+        if self._family.plain_norm:
+            return None
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        return Norm(module.weight, float(eps), self._family.offset)
+
+    @torch.no_grad()
+    def _angles(self, batch: MicroTensors) -> Any:
+        """(cos, sin), float32 [N, R] each, by the model's own rule; where layers have several rules, a dict of them by the layer's type."""
+        rotary, types = self._backbone.rotary_emb, sorted(set(getattr(self._config, "layer_types", None) or ()))
+        wide = torch.empty(0, device=batch.input_ids.device)  # only its dtype and device are looked at
+        if any(hasattr(rotary, f"{kind}_inv_freq") for kind in types):
+            return {kind: self._once(rotary(wide, batch.position_ids, kind)) for kind in types}
+        angles = self._once(rotary(wide, batch.position_ids))
+        return dict.fromkeys(types, angles) if types else angles
+
+    def _once(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """transformers gives each angle twice."""
+        cos, sin = (each.flatten(0, 1).float() for each in both)
+        pairs = cos.shape[1] // 2
+        if self._family.interleaved:
+            return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
+        return cos[:, :pairs].contiguous(), sin[:, :pairs].contiguous()
+
+
+def decodes(model: Any) -> str | None:
+    """Why the kernels do not compute the layers of a model; None: they do."""
+    causal = causal_model(model)
+    config = causal.config
+    if config.model_type not in FAMILIES:
+        return f"the layers of {config.model_type} are not known to them"
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        return "learned prompts stand before the tokens"
+    dropped = [name for name in ("attention_dropout", "resid_pdrop", "embd_pdrop") if getattr(config, name, 0.0)]
+    if dropped:
+        return f"the model's {dropped[0]} is not zero"
+    backbone = getattr(causal, causal.base_model_prefix)
+    if any(_activation_of(layer.mlp) is None for layer in backbone.layers):
+        return "the gate of its MLP is not known to them"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention looks ahead"
+    return None
+
+
+def _present(projections: Sequence[Projection | None]) -> list[Projection]:
+    return [each for each in projections if each is not None]
+
+
+def _activation_of(mlp: Any) -> Any:
+    """The gate of an MLP, recognised by its values; None: none that the kernels have."""
+    function = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    points = torch.linspace(-4, 4, 17)
+    values = function(points) if function is not None else None
+    names: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu")
+    close = (name for name in names if values is not None and torch.allclose(gate(points, torch.ones(17), name), values, atol=1e-6))
+    return next(close, None)
