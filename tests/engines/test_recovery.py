@@ -19,7 +19,6 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import open_backend
 from pantheraml.hardware.device import Absent
 from pantheraml.hardware.recovery import Recovery
-from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.adapters import attach
 from pantheraml.recipe.types import LoRA, OptimSpec
 from pantheraml.trainer.sft import sft_loss

@@ -19,7 +19,6 @@ from pantheraml.data.pack import MicroBatch, StepBatch, pack_step
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.cpu import CpuBackend
-from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.adapters import attach
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import LoRA, OptimSpec

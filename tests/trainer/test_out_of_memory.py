@@ -88,7 +88,7 @@ def short_steps(kill_at=None):
         if room is None:
             self._gradients(batch, k, 2)  # the machine code for its shapes, see ALIKE, is there from now on
             room = between(*(needed(lambda: self._gradients(batch, k, parts)) for parts in (1, 2)))
-            self._optimizer.zero_grad()
+            self._flat.drop_gradients()
         return short_of(room, lambda: real_step(self, batch, k, lr))
     TorchEngine.step = step
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from pantheraml.data.pack import MicroBatch, StepBatch, labelled_tokens, segments
+from pantheraml.engines.adamw import open_adamw
 from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues
-from pantheraml.errors import DeviceError, PantheraError
+from pantheraml.engines.flat import FlatParameters, norm_of
+from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.failures import classify
 from pantheraml.hardware.recovery import Recovery, halvings
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import OptimSpec
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class TorchEngine:
@@ -43,23 +43,11 @@ class TorchEngine:
         self._dtype = getattr(torch, plan.dtype)
         if optim is None:
             return
-        self._clip_norm = optim.clip_norm
-        self._trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self._trained:
-            raise ValueError("no parameter of the model trains")
-        for parameter in self._trained.values():
-            # In bfloat16 an update of less than 1/256 of a weight would be lost.
-            parameter.data = parameter.data.float()
-        matrices = [p for p in self._trained.values() if p.ndim >= 2]
-        vectors = [p for p in self._trained.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self._optimizer: Any = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
-        )
-        # The fused update looks at this tensor on the device and does nothing where it is 1: no step waits for the host to look.
+        # In float32: in bfloat16 an update of less than 1/256 of a weight would be lost.
+        self._flat = FlatParameters(model, decay=lambda parameter: optim.weight_decay if parameter.ndim >= 2 else 0.0)
+        self._adamw = open_adamw(self._flat, optim)
+        # The update looks at this tensor on the device and does nothing where it is 1: no step waits for the host to look.
         self._halted = torch.zeros((), device=self._device)
-        self._optimizer.found_inf = self._halted
-        self._checked = False
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -74,19 +62,16 @@ class TorchEngine:
         for attempt in self._recovery.attempts(f"step {k + 1}", halvings(_most_rows(batch.micro))):
             with attempt:
                 total = self._gradients(batch, k, attempt.parts)
-        if not self._checked:
-            self._check_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._clip_norm or float("inf"))
+        gradients = self._flat.checked_gradients()
+        norm = norm_of(gradients)
         mean = total / max(1, batch.label_count)
         self._halted.copy_(torch.maximum(self._halted, (~(norm.isfinite() & mean.isfinite())).float()))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        self._adamw.step(gradients, norm, self._halted, lr)
         return StepMetrics(mean, norm)
 
     def _gradients(self, batch: StepBatch, k: int, parts: int) -> Tensor:
         """The sum of the losses of step k; the gradients of their mean are in the parameters, or none if it fails."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._flat.zero_gradients()
         # Each attempt draws what the first one drew. In smaller parts dropout takes other masks, as with smaller micro-batches.
         self._backend.seed(_mixed(self._seed, k))
         total = torch.zeros((), device=self._device)
@@ -100,7 +85,7 @@ class TorchEngine:
                         (loss / max(1, batch.label_count)).backward()
                     total += loss.detach()
         except (RuntimeError, MemoryError):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._flat.drop_gradients()
             raise
         return total
 
@@ -138,42 +123,25 @@ class TorchEngine:
 
     def state_dict(self) -> State:
         """See `Engine.state_dict`. Names: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` after the first step."""
-        state: State = {}
-        for name, parameter in self._trained.items():
-            state[f"weight/{name}"] = _copied(parameter)
-            for moment in _MOMENTS:
-                if moment in self._optimizer.state[parameter]:
-                    state[f"{moment}/{name}"] = _copied(self._optimizer.state[parameter][moment])
-        return state
+        state = {f"weight/{name}": view for name, view in self._flat.views(self._flat.weights).items()}
+        return {name: _copied(tensor) for name, tensor in (state | self._adamw.state()).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
-        stepped = any(not name.startswith("weight/") for name in state)
-        _check_fits(state, self._shapes("weight", *(_MOMENTS if stepped else ())))
+        moments = {name: tensor for name, tensor in state.items() if not name.startswith("weight/")}
+        _check_fits(state, self._weight_shapes() | (self._adamw.shapes() if moments else {}))
+        self._adamw.load(moments)
         self.load_weights(state)
-        self._optimizer.state.clear()
-        if not stepped:
-            return
-        for name, parameter in self._trained.items():
-            self._optimizer.state[parameter] = {
-                moment: state[f"{moment}/{name}"].to(device=parameter.device, copy=True) for moment in _MOMENTS
-            }
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_weights`."""
         # All of it is looked at before any weight changes.
-        _check_fits({name: tensor for name, tensor in state.items() if name.startswith("weight/")}, self._shapes("weight"))
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(state[f"weight/{name}"])
+        _check_fits({name: tensor for name, tensor in state.items() if name.startswith("weight/")}, self._weight_shapes())
+        for name, view in self._flat.views(self._flat.weights).items():
+            view.copy_(state[f"weight/{name}"])
 
-    def _shapes(self, *kinds: str) -> dict[str, tuple[int, ...]]:
-        """The names of a state with these kinds of tensors, and the shape of each."""
-        return {
-            f"{kind}/{name}": () if kind == "step" else tuple(parameter.shape)
-            for kind in kinds
-            for name, parameter in self._trained.items()
-        }
+    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"weight/{name}": tuple(view.shape) for name, view in self._flat.views(self._flat.weights).items()}
 
     def _on_device(self, micro: MicroBatch, parts: int) -> Iterator[MicroTensors]:
         """The rows of a micro-batch in at most `parts` pieces, one after the other.
@@ -186,17 +154,6 @@ class TorchEngine:
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
             yield micro_tensors(micro.input_ids[part], micro.position_ids[part], micro.labels[part], self._device)
-
-    def _check_gradients(self) -> None:
-        missing = [name for name, parameter in self._trained.items() if parameter.grad is None]
-        self._checked = True
-        if missing:
-            raise PantheraError(
-                f"{len(missing)} of {len(self._trained)} trainable parameters got no gradient: {', '.join(missing[:3])}"
-                + (", ..." if len(missing) > 3 else ""),
-                why="they would stay as they are, and the run would not train what it says",
-                fix="freeze them (requires_grad_(False)), or leave them out of adapter.targets",
-            )
 
     @contextmanager
     def _memory_explained(self, doing: str) -> Iterator[None]:

@@ -1,0 +1,160 @@
+"""All parameters that train as one vector, and their gradients as another: one kernel clips and updates them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pantheraml.errors import PantheraError
+
+ALIGNED = 256
+"""Each parameter begins at a multiple of this: a kernel may load 16 bytes at once, and a block of 8-bit states is of one parameter alone."""
+NORM_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter lies in the vector."""
+
+    start: int
+    shape: torch.Size
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins: a block of ALIGNED belongs to one parameter."""
+        return self.start + -(-self.shape.numel() // ALIGNED) * ALIGNED
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.start + self.shape.numel()].view(self.shape)
+
+
+class FlatParameters:
+    """Takes over the storage of parameters: each becomes a view of `weights`, in float32, and its gradient one of `gradients`.
+
+    Parameters that were one tensor in memory stay one. Gaps between parameters are zero, and stay so under AdamW.
+
+    Args:
+        model: whose parameters train where they require gradients. While they are moved, old and new memory are both there.
+        decay: the weight decay of a parameter. Those with the same one lie together.
+
+    Attributes:
+        weights: float32, [n].
+        parts: where in it those of one decay lie, and the decay.
+        gradients: float32, [n]; None before the first step, and after one that failed.
+    Raises: ValueError if no parameter trains.
+    """
+
+    def __init__(self, model: nn.Module, decay: Callable[[Tensor], float]) -> None:
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not trained:
+            raise ValueError("no parameter of the model trains")
+        self._trained = trained
+        self.parts: list[tuple[slice, float]] = []
+        places: dict[object, _Place] = {}
+        end = 0
+        for value in sorted({decay(parameter) for parameter in trained.values()}, reverse=True):
+            start = end
+            for parameter in trained.values():
+                if decay(parameter) == value and _memory_of(parameter) not in places:
+                    places[_memory_of(parameter)] = place = _Place(end, parameter.shape)
+                    end = place.end
+            if end > start:
+                self.parts.append((slice(start, end), value))
+        self._places = {name: places[_memory_of(parameter)] for name, parameter in trained.items()}
+        self.weights = torch.zeros(end, dtype=torch.float32, device=next(iter(trained.values())).device)
+        self.gradients: Tensor | None = None
+        self._gradient_of: dict[str, Tensor] = {}
+        # A frozen parameter that is the same memory as a trained one goes on being that.
+        for parameter, place in [(each, places[key]) for each in model.parameters() if (key := _memory_of(each)) in places]:
+            view = place.of(self.weights)
+            view.copy_(parameter.data)
+            parameter.data = view
+        self._owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in trained}
+        self._without_gradient = set(trained)
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._got_gradient(name)) for name, parameter in trained.items()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trained)
+
+    def __len__(self) -> int:
+        return len(self._trained)
+
+    def blocks(self, flat: Tensor, each: int = ALIGNED) -> dict[str, Tensor]:
+        """A vector with `each` values to a block of ALIGNED, cut by parameter; what stands in the gaps comes along."""
+        return {name: flat[place.start // ALIGNED * each : place.end // ALIGNED * each] for name, place in self._places.items()}
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """A vector like `weights`, cut into tensors like the parameters; they share its memory."""
+        return {name: place.of(flat) for name, place in self._places.items()}
+
+    def zero_gradients(self) -> None:
+        """Zeros for a step to add to."""
+        if self.gradients is None:
+            self.gradients = torch.zeros_like(self.weights)
+            self._gradient_of = self.views(self.gradients)
+        else:
+            self.gradients.zero_()
+        for name, parameter in self._trained.items():
+            parameter.grad = self._gradient_of[name]
+
+    def drop_gradients(self) -> None:
+        """Let go of the memory of the gradients."""
+        self.gradients, self._gradient_of = None, {}
+        for parameter in self._trained.values():
+            parameter.grad = None
+
+    def checked_gradients(self) -> Tensor:
+        """What a step has added up.
+
+        Raises: PantheraError if a parameter or its gradient is no longer the view that it was made, or if a parameter has
+            got no gradient in the first step.
+        """
+        assert self.gradients is not None, "zero_gradients comes first"
+        base, size = self.weights.data_ptr(), self.weights.element_size()
+        moved = [
+            name
+            for name, parameter in self._trained.items()
+            if parameter.grad is not self._gradient_of[name]
+            or parameter.data_ptr() != base + size * self._places[name].start
+            or getattr(self._owners[name], name.rpartition(".")[2]) is not parameter
+        ]
+        if moved:
+            raise PantheraError(
+                f"{_some(moved)}: weights or gradients of {len(moved)} parameters were replaced while they train",
+                why="the update is computed where they were before, and the model would not learn",
+                fix="move or convert the model before training; copy values into its parameters (copy_), and do not set .data or .grad",
+            )
+        for hook in self._hooks:
+            hook.remove()
+        missing, self._hooks, self._without_gradient = self._without_gradient, [], set()
+        if missing:
+            raise PantheraError(
+                f"{len(missing)} of {len(self)} trainable parameters got no gradient: {_some([name for name in self if name in missing])}",
+                why="they would stay as they are, and the run would not train what it says",
+                fix="freeze them (requires_grad_(False)), or leave them out of adapter.targets",
+            )
+        return self.gradients
+
+    def _got_gradient(self, name: str) -> Callable[[Tensor], None]:
+        return lambda _: self._without_gradient.discard(name)
+
+
+def norm_of(flat: Tensor) -> Tensor:
+    """The 2-norm, by blocks: over 1e8 and more values in one go a sum in float32 loses what is added last."""
+    whole = flat.numel() // NORM_BLOCK * NORM_BLOCK
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1)
+    return torch.linalg.vector_norm(torch.cat([norms, torch.linalg.vector_norm(flat[whole:])[None]]))
+
+
+def _memory_of(parameter: Tensor) -> object:
+    """What is equal for two parameters that are the same values in the same memory."""
+    if not parameter.numel():
+        return id(parameter)
+    return parameter.data_ptr(), parameter.dtype, tuple(parameter.shape), parameter.stride()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
