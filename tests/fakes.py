@@ -57,6 +57,7 @@ class FakeBackend:
 
     engine = "torch"
     collective = "gloo"
+    pinned_memory = False
 
     def __init__(
         self,

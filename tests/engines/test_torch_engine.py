@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tests.fakes import FakeBackend
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pantheraml.data.chat import Example
 from pantheraml.data.pack import MicroBatch, StepBatch, pack_step
@@ -355,23 +357,34 @@ def test_load_weights_leaves_the_moments(small: Any, prepared: Prepared, example
     assert same_bits(engine.state_dict(), wanted)
 
 
+class Products(TorchDispatchMode):
+    """How many matrix products there were of each dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name().partition(".")[0] in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"):
+            self.seen[args[-1].dtype] += 1
+        return result
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_bfloat16_is_for_the_products_not_for_what_trains(adapter: bool, small: Any, prepared: Prepared, examples: list[Example]) -> None:
     model = small().bfloat16()
     if adapter:
         model = attach(model, LoRA(rank=4), seed=0)
-    seen: list[torch.dtype] = []
-    model.get_submodule(
-        "model.layers.0.mlp.up_proj" if not adapter else "base_model.model.model.layers.0.mlp.up_proj"
-    ).register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     engine = prepared(model, dtype="bfloat16")
-    (values,) = engine.read([engine.step(batch(examples), 0, 1e-5)])
+    with Products() as products:
+        (values,) = engine.read([engine.step(batch(examples), 0, 1e-5)])
     exact = small() if not adapter else attach(small(), LoRA(rank=4), seed=0)
     (wanted,) = prepared(exact).read([prepared(exact).step(batch(examples), 0, 1e-5)])
     # bfloat16 keeps 8 bits; the mean of some fifty losses is better than each.
     assert values.loss == pytest.approx(wanted.loss, rel=2e-2)
     assert values.grad_norm == pytest.approx(wanted.grad_norm, rel=5e-2)
-    assert set(seen) == {torch.bfloat16}
+    assert set(products.seen) == {torch.bfloat16}
     for parameter in model.parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
     assert all(tensor.dtype == torch.float32 for tensor in engine.state_dict().values())

@@ -153,7 +153,8 @@ class TorchEngine:
         at_once = -(-rows // parts)
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
-            yield micro_tensors(micro.input_ids[part], micro.position_ids[part], micro.labels[part], self._device)
+            rows_of = micro.input_ids[part], micro.position_ids[part], micro.labels[part]
+            yield micro_tensors(*rows_of, self._device, pinned=self._backend.pinned_memory)
 
     @contextmanager
     def _memory_explained(self, doing: str) -> Iterator[None]:
@@ -190,11 +191,14 @@ class TorchEngine:
         )
 
 
-def micro_tensors(input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, device: torch.device) -> MicroTensors:
-    """Rows [B, T] of a micro-batch on a device, with what the host knows of them."""
+def micro_tensors(
+    input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, device: torch.device, *, pinned: bool = False
+) -> MicroTensors:
+    """Rows [B, T] of a micro-batch on a device, with what the host knows of them. pinned: see `Backend.pinned_memory`."""
 
     def there(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        here = torch.from_numpy(array)
+        return (here.pin_memory() if pinned else here).to(device, non_blocking=True)
 
     starts, longest = segments(position_ids)
     return MicroTensors(

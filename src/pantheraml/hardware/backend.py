@@ -60,6 +60,8 @@ class Backend(Protocol):
     """attn_implementation names of transformers, best first."""
     quantizers: tuple[str, ...]
     """Ways to hold a frozen base in few bits ("nf4"); empty: none here."""
+    pinned_memory: bool
+    """True: the host waits for a copy to the device unless the memory that is copied cannot be paged out."""
 
     def probe(self) -> tuple[Device | Absent, ...] | Absent:
         """Run a small computation on each device: what answers is described, what does not says why."""

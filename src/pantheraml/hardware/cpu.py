@@ -31,6 +31,7 @@ class CpuBackend:
     static_shapes = False
     attention = ("sdpa", "eager")
     quantizers = ("nf4",)
+    pinned_memory = False
 
     def __init__(self) -> None:
         self._times: Any = None

@@ -29,6 +29,7 @@ class CudaBackend:
     collective = "nccl"
     static_shapes = False
     quantizers = ("nf4",)
+    pinned_memory = True
 
     def __init__(self) -> None:
         self.attention = ("flash_attention_2", "sdpa", "eager") if find_spec("flash_attn") else ("sdpa", "eager")

@@ -26,6 +26,7 @@ class MpsBackend:
     static_shapes = False
     attention = ("sdpa", "eager")
     quantizers = ()
+    pinned_memory = False
 
     def probe(self) -> tuple[Device, ...] | Absent:
         """Multiply matrices. A torch without MPS and a Mac without a GPU that Metal offers are told apart."""

@@ -72,6 +72,7 @@ class XlaBackend:
     static_shapes = True
     attention = ("sdpa", "eager")
     quantizers = ()
+    pinned_memory = False
 
     def __init__(self, *, simulate: bool = False, environment: TpuEnvironment | None = None, root: Path = Path("/")) -> None:
         self._simulate = simulate

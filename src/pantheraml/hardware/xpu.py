@@ -25,6 +25,7 @@ class XpuBackend:
     static_shapes = False
     attention = ("sdpa", "eager")
     quantizers = ("nf4",)
+    pinned_memory = True
 
     def __init__(self) -> None:
         self._power: dict[int, PowerMeter] = {}
