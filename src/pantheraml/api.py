@@ -142,6 +142,8 @@ class FastLanguageModel:
         dtype: Any = None,
         load_in_4bit: bool = False,
         *,
+        load_in_8bit: bool = False,
+        load_in_fp8: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
         device: str = "auto",
@@ -155,6 +157,7 @@ class FastLanguageModel:
             max_seq_length: longest example in tokens, kept for the Trainer; None: 2048, or what the model can do.
             dtype: a torch dtype or its name; None: bfloat16 where the device is fast in it, else float32.
             load_in_4bit: hold the weights in NF4 (needs bitsandbytes); train it with an adapter.
+            load_in_8bit, load_in_fp8: hold them in eight bits as soon as they have an adapter, and multiply in eight bits.
             seed: of the weights of a `tiny:` model.
         Raises: RecipeError if there is no such model; DeviceError if there is no such device.
         """
@@ -185,10 +188,11 @@ class FastLanguageModel:
             dtype=arithmetic,
             device=backend.torch_device(chosen.index),
             attention=attn_implementation,
-            quantization=quantization(NF4, arithmetic) if load_in_4bit else None,
+            quantization=quantization(NF4 if load_in_4bit else None, arithmetic),
             seed=seed,
         )
-        _note(model, _Origin(spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, load_in_4bit=load_in_4bit))
+        bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_fp8": load_in_fp8}
+        _note(model, _Origin(spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, **bits))
         return _with_savers(model), load_tokenizer(spec)
 
     @staticmethod
@@ -210,6 +214,7 @@ class FastLanguageModel:
         Raises: RecipeError for targets that are no linear layers, or an argument that is not known here.
         """
         from pantheraml.models.adapters import attach
+        from pantheraml.models.quantize import to_eight_bits
 
         if unknown := [name for name, value in rest.items() if not (name in _HARMLESS and value in _HARMLESS[name])]:
             raise RecipeError(
@@ -227,6 +232,8 @@ class FastLanguageModel:
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             adapted.enable_input_require_grads()
         origin = _origin(model)
+        if origin.load_in_8bit or origin.load_in_fp8:
+            to_eight_bits(adapted, "int8" if origin.load_in_8bit else "fp8")
         _note(adapted, replace(origin, adapter=spec))
         return _with_savers(adapted)
 
@@ -255,6 +262,8 @@ class _Origin:
     dtype: str = "float32"
     device: str = "auto"
     load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    load_in_fp8: bool = False
     adapter: LoRA | None = None
 
 
@@ -458,7 +467,7 @@ class Trainer:
                 "revision": origin.spec.revision,
                 "trust_remote_code": origin.spec.trust_remote_code,
                 "dtype": origin.dtype,
-                "load_in_4bit": origin.load_in_4bit,
+                **{bits: True for bits in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(origin, bits)},
                 **({"max_tokens": length} if length else {}),
             },
             "data": {
@@ -477,6 +486,7 @@ class Trainer:
                 "warmup": warmup,
                 "weight_decay": args.weight_decay,
                 "clip_norm": args.max_grad_norm,
+                "states": _ADAMW[args.optim],
             },
             "eval": {} if args.eval_steps is None else {"every": args.eval_steps},
             "hardware": {
@@ -499,7 +509,12 @@ class Trainer:
         return recipe_from(said)
 
 
-_ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused")
+_ADAMW = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused"), "float32"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "8bit"),
+    "paged_adamw_8bit": "paged",
+}
+"""Names that Hugging Face's trainers have for it -> optim.states of a recipe."""
 
 
 def _check_precision(args: TrainingArguments, origin: _Origin) -> None:
@@ -515,7 +530,7 @@ def _check_precision(args: TrainingArguments, origin: _Origin) -> None:
     if args.optim not in _ADAMW:
         raise RecipeError(
             f"optim={args.optim!r} is not known",
-            why=f"the optimizer is AdamW with float32 states: {', '.join(_ADAMW)}",
+            why=f"the optimizer is AdamW, under one of these names: {', '.join(_ADAMW)}",
             fix="leave optim out",
         )
 

@@ -339,7 +339,7 @@ def _computed(devices: tuple[Examined, ...]) -> RenderableType:
         for operation, function in each.kernels.items():
             table.add_row(operation, each.facts.kind, function.removeprefix("pantheraml."))
         if each.kernels:
-            table.add_row("4-bit base", each.facts.kind, ", ".join(each.quantizers) or "not here")
+            table.add_row("base in few bits", each.facts.kind, ", ".join(each.quantizers) or "not here")
     return table
 
 

@@ -30,10 +30,10 @@ class CpuBackend:
     collective = "gloo"
     static_shapes = False
     attention = ("sdpa", "eager")
-    quantizers = ("nf4",)
     pinned_memory = False
 
     def __init__(self) -> None:
+        self.quantizers = ("nf4", "int8") if multiplies_int8() else ("nf4",)
         self._times: Any = None
         self._power = PowerMeter()
 
@@ -154,11 +154,21 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the processor has instructions for products in bfloat16, which are 2 to 4 times as fast. Not Linux: False."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_flags(cpuinfo))
+
+
+def multiplies_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether it has instructions for sums of products of eight-bit whole numbers. Not Linux: False."""
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(_flags(cpuinfo))
+
+
+def _flags(cpuinfo: Path) -> list[str]:
+    """What the processor can do, as Linux names it."""
     try:
-        flags = next((line for line in cpuinfo.read_text().splitlines() if line.split(":")[0].strip() in ("flags", "Features")), "")
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+        return []
+    return next((line for line in lines if line.split(":")[0].strip() in ("flags", "Features")), "").split()
 
 
 def usable_cores(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

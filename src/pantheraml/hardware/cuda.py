@@ -28,7 +28,7 @@ class CudaBackend:
     engine = "torch"
     collective = "nccl"
     static_shapes = False
-    quantizers = ("nf4",)
+    quantizers = ("nf4", "int8", "fp8")
     pinned_memory = True
 
     def __init__(self) -> None:

@@ -64,6 +64,10 @@ KERNELS: Mapping[tuple[str, str], str] = {
 """(operation, kind of device) -> module:function, where there is something faster than the reference."""
 
 
+EIGHT_BIT_PRODUCTS: Mapping[str, str] = {"cpu": _ROOM + "int8:PackedProduct", "others": _ROOM + "int8:Product"}
+"""What multiplies whole numbers of eight bits, by kind of device."""
+
+
 def load(target: str) -> Callable[..., Any]:
     """The function that `module:function` names."""
     module, name = target.split(":")

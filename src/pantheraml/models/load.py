@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import RecipeError
+from pantheraml.models.quantize import keep_format
 from pantheraml.models.tiny import PREFIX, family_of, tiny_config, tiny_tokenizer
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import ModelSpec
@@ -131,7 +132,7 @@ def load_model(
         model.config.name_or_path = spec.name
         return model.to(device=device, dtype=dtype).eval()
     with _explained(spec):
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             spec.name,
             dtype=dtype,
             device_map={"": device},
@@ -140,6 +141,9 @@ def load_model(
             **extra,
             **_where(spec),
         ).eval()
+    if quantization is not None:
+        keep_format(model)
+    return model
 
 
 def _where(spec: ModelSpec) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pantheraml.kernels.linear import Base, Projection, linear
+from pantheraml.kernels.nf4 import Nf4
 from pantheraml.models.swap import swapped
 
 
@@ -18,9 +19,9 @@ def projection(layer: Any) -> Projection | None:
     Not for them: several adapters, dropout, DoRA and other variants, a bias of the adapter, a merged base, and a base
     that is neither a matrix nor held by one of ours.
     """
-    held = _held(layer)
-    if held is not None:
-        return Projection(*held[:2], base=held[2])
+    if not hasattr(layer, "base_layer"):
+        held = _held(layer)
+        return None if held is None else Projection(*held[:2], base=held[2])
     name = plain_adapter(layer)
     if name is None:
         return None
@@ -32,8 +33,10 @@ def _held(layer: Any) -> tuple[Tensor | None, Tensor | None, Base | None] | None
     """(weight, bias, base) of a layer without an adapter; None: it is no linear layer of a known form."""
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias, None
-    base = getattr(layer, "kernel_base", None)
-    return None if base is None else (None, layer.bias, base())
+    if hasattr(layer, "kernel_base"):
+        return None, layer.bias, layer.kernel_base()
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)  # of bitsandbytes, in four bits
+    return None if state is None else (None, layer.bias, Nf4(layer.weight))
 
 
 def plain_adapter(layer: Any) -> str | None:

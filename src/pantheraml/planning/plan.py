@@ -14,7 +14,7 @@ from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
-from pantheraml.planning.memory import MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.memory import OPTIMIZER_BYTES, MemoryEstimate, estimate_memory, format_bytes
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import LoRA, Recipe
 
@@ -25,6 +25,17 @@ PACKED_ROW_EXAMPLES = 4
 """A packed row holds about so many of the longest examples: the unfilled rest is small, attention still short."""
 _BYTES_EACH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NF4_BYTES_EACH = 0.5 + 4 / 64  # four bits, and a float32 scale for each 64 weights
+_EIGHT_BIT_BYTES_EACH = 2  # one byte for each direction of the product
+_QUANTIZERS = {
+    "nf4": (
+        "load_in_4bit",
+        "NF4 needs bitsandbytes with support for this device, which is not here",
+        "pip install bitsandbytes, or ",
+    ),
+    "int8": ("load_in_8bit", "it has no fast products of eight-bit whole numbers (on a CPU: AVX-512 VNNI, AVX VNNI or AMX)", ""),
+    "fp8": ("load_in_fp8", "eight-bit floats need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)", ""),
+}
+"""Quantizer -> its field in the recipe, what a device lacks without it, and the start of the fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,20 +250,35 @@ def _dtype(recipe: Recipe, device: Device) -> tuple[Dtype, str]:
 
 
 def _quantizer(recipe: Recipe, device: Device, quantizers: tuple[str, ...]) -> str | None:
-    if not recipe.model.load_in_4bit:
+    asked = asked_quantizer(recipe)
+    if asked is None:
         return None
-    if "nf4" not in quantizers:
+    field, missing, fix = _QUANTIZERS[asked]
+    if asked not in quantizers or (asked == "fp8" and not _multiplies_fp8(device)):
         raise DeviceError(
-            f"model.load_in_4bit=true, but {device} cannot hold a base in 4 bits",
-            why="NF4 needs bitsandbytes with support for this device, which is not here",
-            fix="pip install bitsandbytes, or set model.load_in_4bit to false",
+            f"model.{field}=true, but {device} ({device.label}) cannot",
+            why=missing,
+            fix=f"{fix}set model.{field} to false",
         )
-    return "nf4"
+    return asked
+
+
+def _multiplies_fp8(device: Device) -> bool:
+    """NVIDIA GPUs do from compute capability 8.9 on (Ada, then Hopper); AMD's of 9.4 have another format of the same name."""
+    major, _, minor = (device.capability or "").partition(".")
+    return device.capability is None or (major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (8, 9))
+
+
+def asked_quantizer(recipe: Recipe) -> str | None:
+    """How the recipe wants the frozen base to be held; None: in the dtype of the products."""
+    return next((name for name, (field, _, _) in _QUANTIZERS.items() if getattr(recipe.model, field)), None)
 
 
 def _base_reason(quantizer: str | None, lora: bool) -> str:
-    if quantizer:
+    if quantizer == "nf4":
         return "the recipe asks for 4 bits; products are computed in dtype"
+    if quantizer:
+        return "the recipe asks for 8 bits; products with the base are computed in them, all others in dtype"
     return "frozen, so the dtype of the arithmetic is enough" if lora else "every weight trains: small updates need float32"
 
 
@@ -260,7 +286,7 @@ def _base_bytes_each(shape: ModelShape, base_dtype: Dtype, quantizer: str | None
     if quantizer is None:
         return _BYTES_EACH[base_dtype]
     linears = sum(n_in * n_out for n_in, n_out in shape.linears)  # embeddings and norms stay as they are
-    return (linears * _NF4_BYTES_EACH + (shape.parameters - linears) * _BYTES_EACH[base_dtype]) / shape.parameters
+    return (linears * (_NF4_BYTES_EACH if quantizer == "nf4" else _EIGHT_BIT_BYTES_EACH) + (shape.parameters - linears) * _BYTES_EACH[base_dtype]) / shape.parameters
 
 
 def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers: tuple[str, ...]) -> tuple[str, str]:
@@ -357,7 +383,7 @@ def _remedies(
     if not isinstance(recipe.adapter, LoRA) and fits(recipe.model_copy(update={"adapter": LoRA()})):
         remedies.append("set adapter.kind to lora")
     four_bits = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": True}), "adapter": LoRA()})
-    if not recipe.model.load_in_4bit and "nf4" in quantizers and fits(four_bits):
+    if asked_quantizer(recipe) is None and "nf4" in quantizers and fits(four_bits):
         remedies.append("set model.load_in_4bit to true" + ("" if isinstance(recipe.adapter, LoRA) else " and adapter.kind to lora"))
     shorter = next((n for n in reversed(round_lengths(longest_row)) if n < longest_row and fits(recipe, row=n)), None)
     if shorter:
@@ -372,13 +398,14 @@ def _memory(
     return estimate_memory(
         shape,
         trainable_parameters=shape.lora_parameters(rank) if rank else shape.parameters,
-        base_bytes_each=_base_bytes_each(shape, dtype, "nf4" if recipe.model.load_in_4bit else None) if rank else 4,
+        base_bytes_each=_base_bytes_each(shape, dtype, asked_quantizer(recipe)) if rank else 4,
         micro_tokens=micro_tokens,
         row_tokens=row_tokens,
         checkpointing=checkpointing,
         attention=attention,
         compute_bytes_each=_BYTES_EACH[dtype],
         lora_rank=rank,
+        optimizer_bytes_each=OPTIMIZER_BYTES[recipe.optim.states],
     )
 
 

@@ -53,6 +53,12 @@ class ModelSpec(_Part):
         default="auto", description="Longest example in tokens. auto: 2048, or what the model can do if that is less."
     )
     load_in_4bit: bool = Field(default=False, description="Hold the frozen base in 4 bits (NF4, needs bitsandbytes). LoRA only.")
+    load_in_8bit: bool = Field(
+        default=False, description="Hold the frozen base in 8-bit whole numbers and multiply in them; faster. LoRA only."
+    )
+    load_in_fp8: bool = Field(
+        default=False, description="Hold the frozen base in 8-bit floats and multiply in them (Hopper GPUs and later). LoRA only."
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model. Off: it can do anything.")
 
 
@@ -134,6 +140,11 @@ class OptimSpec(_Part):
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     clip_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm. 0: never.")
+    states: Literal["float32", "8bit", "paged"] = Field(
+        default="float32",
+        description="AdamW's moments: 8 bytes a trained weight in float32, 2 in 8bit (needs bitsandbytes). "
+        "paged: 8bit, and moved to the host where a GPU's memory is full.",
+    )
 
 
 class EvalSpec(_Part):
@@ -240,6 +251,9 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.model.load_in_4bit and isinstance(self.adapter, Full):
-            raise ValueError("model.load_in_4bit freezes the base, so adapter.kind must be lora")
+        asked = [name for name in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(self.model, name)]
+        if len(asked) > 1:
+            raise ValueError(f"model.{' and model.'.join(asked)} are asked for at once, and a base is held in one form")
+        if asked and isinstance(self.adapter, Full):
+            raise ValueError(f"model.{asked[0]} freezes the base, so adapter.kind must be lora")
         return self

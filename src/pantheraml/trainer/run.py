@@ -20,6 +20,7 @@ import blake3
 from pantheraml.data.load import BadRows
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.data.prepare import Prepared, Records, prepare
+from pantheraml.engines.adamw import check_installed
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
@@ -32,7 +33,7 @@ from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
 from pantheraml.models.lora import fused_lora, stock_layers
-from pantheraml.models.quantize import available, quantization
+from pantheraml.models.quantize import available, quantization, to_eight_bits
 from pantheraml.models.tiny import PREFIX as TINY
 from pantheraml.planning.plan import Plan, longest_allowed, make_plan
 from pantheraml.planning.shape import ModelShape
@@ -99,11 +100,13 @@ def train(
             dtype=getattr(torch, plan.base_dtype),
             device=backend.torch_device(plan.device.index),
             attention=plan.attention,
-            quantization=quantization(plan.quantizer, getattr(torch, plan.dtype)) if plan.quantizer else None,
+            quantization=quantization(plan.quantizer, getattr(torch, plan.dtype)),
         )
         plan = isolated(model, plan, local, console)
         if isinstance(local.adapter, LoRA):
             model = attach(model, local.adapter, seed=local.run.seed)
+        if plan.quantizer in ("int8", "fp8"):
+            to_eight_bits(model, plan.quantizer)
         write_json(folder / PLAN, plan.to_dict())
         return fit(replace(view, recipe=recipe, plan=plan), model, backend, folder, console)
 
@@ -124,6 +127,7 @@ def survey(
         folder: gets bad_rows.jsonl.
         rows, held_out: rows from memory. model, tokenizer: those that are here already.
     """
+    check_installed(recipe.optim)
     found = find(recipe.hardware)
     recipe = recipe.model_copy(update={"hardware": found.ask})
     backend = backend_of(found.device)

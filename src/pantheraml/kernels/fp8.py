@@ -1,0 +1,64 @@
+"""A frozen matrix in eight-bit floats (e4m3), and products with rows that are rounded to eight bits on the way.
+
+Letters: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+_MOST = torch.finfo(E4M3).max
+_MULTIPLE = 16
+"""Inputs and outputs come in multiples of so many in the product of a GPU."""
+
+
+class Fp8:
+    """A `Base` (linear.py): one scale for each output, and once more turned, one for each input; one for each row that comes.
+
+    Forward and the gradient of the input are both in eight bits with sums in float32. Gradients are e4m3 too: with a scale
+    for each row its three bits behind the point are worth more than the range of e5m2. The matrix takes 2 bytes a weight.
+
+    Args:
+        weight_OI: any float dtype, on the device where it stays; both sizes multiples of 16.
+    Raises: ValueError for other sizes.
+    """
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        if any(size % _MULTIPLE for size in weight_OI.shape):
+            raise ValueError(f"a matrix of {tuple(weight_OI.shape)} has a side that is no multiple of {_MULTIPLE}")
+        self._forward = rounded(weight_OI)
+        self._backward = rounded(self.dense().T)
+
+    def prepare(self, x_NI: Tensor) -> Any:
+        """See `Base.prepare`: the rows in eight bits, their scales, and the dtype to come back to."""
+        return *rounded(x_NI), x_NI.dtype
+
+    def forward(self, prepared: Any) -> Tensor:
+        """See `Base.forward`."""
+        return _product(*prepared, *self._forward)
+
+    def backward(self, grad_NO: Tensor) -> Tensor:
+        """See `Base.backward`."""
+        return _product(*rounded(grad_NO), grad_NO.dtype, *self._backward)
+
+    def dense(self) -> Tensor:
+        """The matrix that forward multiplies by, float32 [O, I]."""
+        q, scale = self._forward
+        return q.float() * scale
+
+
+def rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, scale): e4m3 [N, I] and float32 [N, 1], the largest of each row being the largest that e4m3 has."""
+    wide = x_NI.float()
+    scale_N1 = wide.abs().amax(1, keepdim=True).clamp_min(1e-20) / _MOST
+    return (wide / scale_N1).to(E4M3), scale_N1
+
+
+def _product(rows_NI: Tensor, scale_N1: Tensor, dtype: torch.dtype, q_OI: Tensor, scale_O1: Tensor) -> Tensor:
+    out = torch.bfloat16 if dtype == torch.float16 else dtype
+    y = torch._scaled_mm(rows_NI, q_OI.T, scale_a=scale_N1, scale_b=scale_O1.T.contiguous(), out_dtype=out)
+    return y.to(dtype)

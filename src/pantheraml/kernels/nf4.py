@@ -1,0 +1,38 @@
+"""A frozen matrix in four bits (NF4) as bitsandbytes holds it: made whole once for each use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Nf4:
+    """A `Base` (linear.py) over a Params4bit of bitsandbytes.
+
+    Source: arXiv 2305.14314; the format and its reading are bitsandbytes'.
+    """
+
+    def __init__(self, weight: Any) -> None:
+        self._weight = weight
+
+    def prepare(self, x_NI: Tensor) -> Tensor:
+        """See `Base.prepare`."""
+        return x_NI
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        """See `Base.forward`."""
+        return F.linear(prepared, self.dense().to(prepared.dtype))
+
+    def backward(self, grad_NO: Tensor) -> Tensor:
+        """See `Base.backward`."""
+        return grad_NO @ self.dense().to(grad_NO.dtype)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """[O, I], in the dtype that the weights had."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self._weight.data, self._weight.quant_state)
