@@ -320,8 +320,21 @@ def test_arguments_that_cannot_be_kept_are_refused_in_words(trained):
     for wrong, said in (
         ({"bf16": True}, "bf16=True, but the model was loaded to compute in float32"),
         ({"fp16": True}, "fp16=True, but the model was loaded to compute in float32"),
-        ({"optim": "adamw_8bit"}, "optim='adamw_8bit' is not known"),
+        ({"optim": "sgd"}, "optim='sgd' is not known"),
     ):
         with pytest.raises(RecipeError, match=said):
             Trainer(model, tokenizer, ROWS, args=TrainingArguments(**wrong))
     Trainer(model, tokenizer, ROWS, args=TrainingArguments(bf16=False, fp16=False, optim="adamw_torch"))
+
+
+def test_names_of_optimizers_elsewhere_are_states_here(trained):
+    model, tokenizer, _ = trained
+    # As transformers.training_args.OptimizerNames and TRL have them.
+    for name, states in (
+        ("adamw_torch", "float32"),
+        ("adamw_torch_fused", "float32"),
+        ("adamw_8bit", "8bit"),
+        ("adamw_bnb_8bit", "8bit"),
+        ("paged_adamw_8bit", "paged"),
+    ):
+        assert Trainer(model, tokenizer, ROWS, args=TrainingArguments(optim=name)).recipe.optim.states == states

@@ -39,6 +39,11 @@ def test_full_training_keeps_everything_that_trains_in_float32() -> None:
     assert (made.dtype, made.base_dtype, made.lr) == ("bfloat16", "float32", 2e-5)
     assert made.memory.weights_bytes == made.memory.gradients_bytes == 4 * parameters
     assert made.memory.optimizer_bytes == 8 * parameters
+    for states in ("8bit", "paged"):
+        few = plan(adapter="full", optim={"states": states}).memory
+        # Two of one byte, and a float32 for each 256 of both.
+        assert few.optimizer_bytes == pytest.approx((2 + 8 / 256) * parameters, abs=1)
+        assert few.weights_bytes + few.gradients_bytes == 8 * parameters
 
 
 def test_activations_of_8b_agree_with_an_independent_count() -> None:

@@ -278,6 +278,22 @@ def test_without_a_name_the_next_one_is_taken_and_resume_takes_the_last(tmp_path
     assert [run.report is not None for run in list_runs(tmp_path)] == [True, True]
 
 
+def test_a_run_with_moments_in_8_bits_goes_on_bit_for_bit_and_only_so(tmp_path: Path, data, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    how = {"eval": {"generate_rows": 0}, "run": {"save_every": 1}}
+    eight = {"optim": {"steps": 6, "states": "8bit"}, **how}
+    run, _ = made(tiny_recipe(tmp_path / "whole", data, **eight))
+    plain, _ = made(tiny_recipe(tmp_path / "float32", data, optim={"steps": 6}, **how))
+    assert losses(run.folder)[-1] == pytest.approx(losses(plain.folder)[-1], rel=0.05) and losses(run.folder)[-1] < losses(run.folder)[0]
+    sizes = [(each.folder / "checkpoints/step-00000006/tensors.safetensors").stat().st_size for each in (run, plain)]
+    assert sizes[0] < 0.6 * sizes[1]  # 4 + 2 bytes a weight instead of 4 + 8, and names
+    killed_at(3, monkeypatch, tiny_recipe(tmp_path / "cut", data, **eight))
+    with pytest.raises(RecipeError, match=r"optim\.states differ"):
+        made(tiny_recipe(tmp_path / "cut", data, optim={"steps": 6}, **how), resume=True)
+    again, printed = made(tiny_recipe(tmp_path / "cut", data, **eight), resume=True)
+    assert "Going on after step 3" in printed and losses(again.folder) == losses(run.folder)
+
+
 def test_going_on_with_another_recipe_is_refused_by_the_names_of_its_keys(whole, data):
     folder = whole[0].folder.parent
     other = tiny_recipe(folder, data, adapter={**DROPOUT, "rank": 8}, optim={"lr": 1e-3}, run={"seed": 1, "log_every": 1})

@@ -34,7 +34,7 @@ class _Place:
 class FlatParameters:
     """Takes over the storage of parameters: each becomes a view of `weights`, in float32, and its gradient one of `gradients`.
 
-    Parameters that were one tensor in memory stay one. Gaps between parameters are zero, and stay so under AdamW.
+    Parameters that were one tensor in memory stay one. Gaps between parameters have no gradient; what stands in them is nobody's.
 
     Args:
         model: whose parameters train where they require gradients. While they are moved, old and new memory are both there.

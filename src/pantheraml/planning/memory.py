@@ -8,6 +8,7 @@ Letters: D hidden, Q = heads * head_dim, K = kv_heads * head_dim, F intermediate
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,8 @@ TILE_TOKENS = 1024
 """Tokens of a piece of the MLP at the level `tiled`."""
 LOSS_CHUNK_TOKENS = 1024
 """Labelled tokens whose logits the fused output head holds at once."""
+OPTIMIZER_BYTES: Mapping[str, float] = {"float32": 8, "8bit": 2 + 2 * 4 / 256, "paged": 2 + 2 * 4 / 256}
+"""optim.states of a recipe -> bytes of both moments of a weight. In 8 bits each block of 256 has a float32 scale."""
 RUNTIME_BYTES = 512 << 20
 """Head-room for what is loaded after the probe. On CPU transformers, peft and a first step took 150 MiB more
 (torch 2.13); the rest is for workspaces of matrix libraries and for gaps between allocations."""
@@ -116,6 +119,7 @@ def estimate_memory(
     compute_bytes_each: int,
     lora_rank: int | None,
     train_bytes_each: int = 4,
+    optimizer_bytes_each: float = OPTIMIZER_BYTES["float32"],
     runtime_bytes: int = RUNTIME_BYTES,
 ) -> MemoryEstimate:
     """Bytes at the busiest moment of a step of AdamW.
@@ -123,7 +127,8 @@ def estimate_memory(
     Args:
         trainable_parameters: with LoRA, those of the adapter; without, all.
         base_bytes_each: of a frozen weight: 4, 2, or about 0.6 in NF4.
-        train_bytes_each: of a weight that trains, its gradient, and each of the two moments (float32: 4).
+        train_bytes_each: of a weight that trains, and of its gradient (float32: 4).
+        optimizer_bytes_each: of both moments of such a weight; see OPTIMIZER_BYTES.
         micro_tokens: tokens taken at once. row_tokens: the longest row.
         checkpointing: keep each layer's input and compute the rest again, a layer at a time.
         compute_bytes_each: of the arithmetic: 2 under autocast, 4 in float32.
@@ -156,7 +161,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=trainable_parameters * train_bytes_each,
-        optimizer_bytes=2 * trainable_parameters * train_bytes_each,
+        optimizer_bytes=int(trainable_parameters * optimizer_bytes_each),
         activations_bytes=kept + micro_tokens * ends,
         # Logits, their softmax and their gradient in float32, one chunk at a time; the head's own gradient waits for backward.
         logits_bytes=min(LOSS_CHUNK_TOKENS, micro_tokens) * shape.vocab * 4 * 3 + (shape.vocab * shape.hidden * 4 if full else 0),
