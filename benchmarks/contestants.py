@@ -287,12 +287,12 @@ def ours(task: Task, lane: Lane) -> None:
     """The main path, `pantheraml.train`, as it is.
 
     Settings: `model` and `hardware` are fields of those sections of the recipe, `micro_tokens` that of batch.
-    Raises: Absent for a field or a value that the recipe does not know.
+    Raises: Absent for a field or a value that the recipe does not know, and for what the plan says cannot be done here.
     """
     from rich.console import Console
 
     from pantheraml.engines.torch_engine import TorchEngine
-    from pantheraml.errors import MissingExtra, RecipeError
+    from pantheraml.errors import DeviceError, MissingExtra, RecipeError
     from pantheraml.recipe.load import recipe_from
     from pantheraml.trainer.folder import PLAN
     from pantheraml.trainer.run import train
@@ -302,13 +302,15 @@ def ours(task: Task, lane: Lane) -> None:
         recipe = recipe_from(_recipe(task))
     except RecipeError as error:
         raise Absent(error.what.replace("\n", "; ")) from error
-    step = TorchEngine.step
+    step, begun = TorchEngine.step, False
 
-    def in_turn(engine: TorchEngine, batch: Any, k: int, *rest: Any, **named: Any) -> Any:
-        if k == 0:
+    def in_turn(engine: TorchEngine, batch: Any, *rest: Any, **named: Any) -> Any:
+        nonlocal begun
+        if not begun:
             lane.ready(_planned(Path(task.room) / "runs" / "ours" / PLAN))
+            begun = True
         lane.begin()
-        metrics = step(engine, batch, k, *rest, **named)
+        metrics = step(engine, batch, *rest, **named)
         lane.end(lambda: float(metrics.loss), batch.tokens, batch.label_count)
         return metrics
 
@@ -316,7 +318,9 @@ def ours(task: Task, lane: Lane) -> None:
     TorchEngine.step = in_turn  # pyright: ignore[reportAttributeAccessIssue]
     try:
         train(recipe, console=Console(stderr=True))
-    except MissingExtra as error:
+    except (MissingExtra, DeviceError) as error:
+        if begun:
+            raise
         raise Absent(error.what) from error
 
 

@@ -120,14 +120,17 @@ def test_train_gpu_says_that_it_needs_one(tmp_path):
 @pytest.mark.slow
 def test_train_gpu_runs_without_one(tmp_path):
     words = ("--quick", "--device", "cpu", "--shape", "tiny", "--batch", "2x64", "--weights", str(tmp_path / "weights"))
-    done = run("train_gpu.py", "all", *words, "--only", "peft-keep", "ours-keep-bf16", "ours-all", "liger-keep", cwd=tmp_path)
+    done = run(
+        "train_gpu.py", "all", *words, "--only", "peft-keep", "ours-keep-bf16", "ours-all", "ours-keep-fp8", "liger-keep", cwd=tmp_path
+    )
     result = last_line(done)
     assert result["ok"] is True
     assert result["benchmark"] == "train_gpu"
     assert result["gpu"] is False and "NOT A FIGURE OF A GPU" in done.stdout
     (case,) = result["cases"]
     results = case["results"]
-    assert list(results) == ["peft-keep-bf16", "liger-keep-bf16", "ours-keep-bf16", "ours-all-bf16"]
+    assert list(results) == ["peft-keep-bf16", "liger-keep-bf16", "ours-keep-bf16", "ours-all-bf16", "ours-keep-fp8"]
+    assert "fp8" in results["ours-keep-fp8"]["absent"]  # that is for Hopper GPUs
     if result["versions"]["liger-kernel"] is None:
         assert results["liger-keep-bf16"]["absent"] == "liger-kernel is not installed"
         assert "liger-kernel is not installed" in done.stdout
