@@ -201,7 +201,7 @@ def test_with_a_model_the_planner_speaks_and_its_own_arithmetic_agrees() -> None
             base_bytes_each=2,
             micro_tokens=rows * 1024,
             row_tokens=1024,
-            checkpointing=False,
+            levels=("keep",) * shape.layers,
             attention="sdpa",
             compute_bytes_each=2,
             lora_rank=16,

@@ -157,9 +157,10 @@ class FastLanguageModel:
             max_seq_length: longest example in tokens, kept for the Trainer; None: 2048, or what the model can do.
             dtype: a torch dtype or its name; None: bfloat16 where the device is fast in it, else float32.
             load_in_4bit: hold the weights in NF4 (needs bitsandbytes); train it with an adapter.
-            load_in_8bit, load_in_fp8: hold them in eight bits as soon as they have an adapter, and multiply in eight bits.
+            load_in_8bit, load_in_fp8: hold them in eight bits (whole numbers or floats) as soon as `get_peft_model` has put an
+                adapter on them, and multiply in eight bits.
             seed: of the weights of a `tiny:` model.
-        Raises: RecipeError if there is no such model; DeviceError if there is no such device.
+        Raises: RecipeError if there is no such model; DeviceError if there is no such device, or it cannot hold weights so.
         """
         import torch
 
@@ -167,7 +168,8 @@ class FastLanguageModel:
         from pantheraml.hardware.device import parse_device
         from pantheraml.hardware.find import find
         from pantheraml.models.load import load_model, load_tokenizer
-        from pantheraml.models.quantize import NF4, quantization
+        from pantheraml.models.quantize import NF4, available, quantization
+        from pantheraml.planning.plan import quantizer_of
         from pantheraml.recipe.types import HardwareAsk
 
         kind, index = parse_device(device)
@@ -182,6 +184,9 @@ class FastLanguageModel:
                 why=f"it trains well in {', '.join(chosen.dtypes)}",
                 fix=f"pass dtype=None, or one of {', '.join(chosen.dtypes)}",
             )
+        bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_fp8": load_in_fp8}
+        # Through the recipe and the plan, which say what does not go together, and what this device cannot.
+        quantizer_of(recipe_from({"model": {"name": model_name, **bits}, "data": "checked"}), chosen, available(backend.quantizers))
         spec = ModelSpec(name=model_name, revision=revision, trust_remote_code=trust_remote_code)
         model = load_model(
             spec,
@@ -191,7 +196,6 @@ class FastLanguageModel:
             quantization=quantization(NF4 if load_in_4bit else None, arithmetic),
             seed=seed,
         )
-        bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_fp8": load_in_fp8}
         _note(model, _Origin(spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, **bits))
         return _with_savers(model), load_tokenizer(spec)
 
@@ -436,6 +440,7 @@ class Trainer:
     def _keep_base(self, folder: Path) -> None:
         """An adapter on a model that exists only here is useless without it, so its base is written beside it."""
         from pantheraml.export.safetensors import save_full
+        from pantheraml.models.quantize import to_matrices
         from pantheraml.models.tiny import PREFIX
         from pantheraml.trainer.folder import BASE
 
@@ -443,6 +448,7 @@ class Trainer:
         if not hasattr(self.model, "get_base_model") or (folder / BASE).exists() or (named and not named.startswith(PREFIX)):
             return
         bare = copy.deepcopy(self.model).unload()
+        to_matrices(bare)
         bare.config.name_or_path = str(folder / BASE)
         save_full(bare, self.tokenizer, folder / BASE, verify=False)
 

@@ -21,7 +21,8 @@ from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.models.adapters import attach
-from pantheraml.models.decoder import decodes
+from pantheraml.models.decoder import Decoder, decodes
+from pantheraml.planning.memory import Level
 from pantheraml.recipe.types import LoRA, OptimSpec
 from pantheraml.trainer.sft import sft_loss
 
@@ -119,11 +120,11 @@ def test_the_test_finds_what_waits(wait: Callable[[torch.Tensor], Any]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3"])
 @pytest.mark.parametrize("adapter", ["lora", "dropout", "full"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_a_step_does_not_wait(family: str, adapter: str, checkpointing: bool, small: Any, plan_of: Any, step: StepBatch) -> None:
+@pytest.mark.parametrize("level", ["keep", "cheap", "all", "tiled"])
+def test_a_step_does_not_wait(family: str, adapter: str, level: Level, small: Any, plan_of: Any, step: StepBatch) -> None:
     model = small(family)
     assert decodes(model) is None
-    assert waits_of(model, adapter, checkpointing, plan_of, step, except_in=None) == 0
+    assert waits_of(model, adapter, level, plan_of, step, except_in=None) == 0
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
@@ -131,16 +132,17 @@ def test_by_the_models_own_forward_it_waits_for_its_mask_alone(adapter: str, sma
     model = small("falcon_h1")
     assert decodes(model) is not None
     # Two operators and a method for each mask of each micro-batch and step.
-    assert 0 < waits_of(model, adapter, False, plan_of, step, except_in=STOCK) <= 3 * 2 * 2
+    assert 0 < waits_of(model, adapter, "keep", plan_of, step, except_in=STOCK) <= 3 * 2 * 2
 
 
-def waits_of(model: Any, adapter: str, checkpointing: bool, plan_of: Any, step: StepBatch, *, except_in: str | None) -> int:
+def waits_of(model: Any, adapter: str, level: Level, plan_of: Any, step: StepBatch, *, except_in: str | None) -> int:
     """How often two steps waited, the first of a run and one like those after it."""
     if adapter != "full":
         model = attach(model, LoRA(rank=4, dropout=0.1 if adapter == "dropout" else 0.0), seed=0)
     engine = TorchEngine(FakeBackend("cpu"))
-    plan = replace(plan_of(model), checkpointing=checkpointing)
-    engine.prepare(model, sft_loss(model), OptimSpec(weight_decay=0.1, clip_norm=0.5), plan, seed=1)
+    plan = replace(plan_of(model), levels=(level, level))
+    decoder = Decoder(model, plan.levels) if decodes(model) is None else None
+    engine.prepare(model, sft_loss(model, decoder), OptimSpec(weight_decay=0.1, clip_norm=0.5), plan, seed=1)
     with never_waiting(except_in) as never:
         metrics = [engine.step(step, k, 1e-2) for k in range(2)]
     assert all(value.ok for value in engine.read(metrics))

@@ -22,6 +22,7 @@ from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.cpu import CpuBackend
 from pantheraml.models.adapters import attach
+from pantheraml.models.decoder import Decoder
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import LoRA, OptimSpec
 from pantheraml.trainer.sft import sft_loss
@@ -41,7 +42,8 @@ def prepared(plan_of: Callable[..., Plan]) -> Prepared:
 
     def engine(model: Any, optim: OptimSpec | None = USUAL, *, backend: Any = None, seed: int = 1, **changes: Any) -> TorchEngine:
         made = TorchEngine(backend or CpuBackend())
-        made.prepare(model, sft_loss(model), optim, replace(plan_of(model), **changes), seed=seed)
+        plan = replace(plan_of(model), **changes)
+        made.prepare(model, sft_loss(model, Decoder(model, plan.levels)), optim, plan, seed=seed)
         return made
 
     return engine
@@ -75,7 +77,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "packed one row at a time": ({"micro_tokens": 32}, {}),
     "longer rows": ({"row_tokens": (64,), "micro_tokens": 128}, {}),
     "another pad token": ({"pad_id": 77}, {}),
-    "checkpointing": ({}, {"checkpointing": True}),
+    "cheap": ({}, {"levels": ("cheap", "cheap")}),
+    "checkpointing": ({}, {"levels": ("all", "all")}),
+    "tiled": ({}, {"levels": ("tiled", "tiled")}),
+    "mixed": ({}, {"levels": ("all", "keep")}),
 }
 
 
@@ -127,7 +132,7 @@ def test_padding_may_stand_on_the_left(usual: Any, small: Any, prepared: Prepare
     assert difference(gradients, usual[1]) < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["unpacked", "one at a time", "checkpointing"])
+@pytest.mark.parametrize("layout", ["unpacked", "one at a time", "checkpointing", "tiled"])
 def test_ten_steps_in_another_layout_end_at_the_same_place(layout: str, small: Any, prepared: Prepared, examples: list[Example]) -> None:
     shape, changes = LAYOUTS[layout]
     ends, losses = [], []
@@ -145,12 +150,12 @@ def test_ten_steps_in_another_layout_end_at_the_same_place(layout: str, small: A
 
 def test_checkpointing_recomputes_with_the_same_dropout(small: Any, prepared: Prepared, examples: list[Example]) -> None:
     found = []
-    for checkpointing in (False, True):
+    for level in ("keep", "all"):
         model = attach(small(), LoRA(rank=4, dropout=0.5), seed=0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.05)
-        found.append(stepped(model, prepared, batch(examples), checkpointing=checkpointing))
+        found.append(stepped(model, prepared, batch(examples), levels=(level, level)))
     assert found[0][0].loss == found[1][0].loss
     assert difference(found[0][1], found[1][1]) < 1e-6
 
@@ -411,7 +416,7 @@ def out_of_memory(*_: Any) -> torch.Tensor:
         ({"micro_tokens": 64}, "set batch.micro_tokens to 32 (the result stays the same)"),
         ({"micro_tokens": 48}, "set hardware.checkpointing to on"),  # one row of 32 either way
         ({"micro_tokens": 48, "row_tokens": (16, 32)}, "set batch.micro_tokens to 32 (the result stays the same)"),
-        ({"micro_tokens": 32, "checkpointing": True}, "set model.max_tokens below 32, or choose a smaller model"),
+        ({"micro_tokens": 32, "levels": ("all", "all")}, "set model.max_tokens below 32, or choose a smaller model"),
     ],
 )
 def test_out_of_memory_says_what_to_change(plan: dict[str, Any], fix: str, small: Any, plan_of: Any, examples: list[Example]) -> None:

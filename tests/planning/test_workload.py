@@ -94,13 +94,13 @@ def test_a_training_run_is_tokens_times_flops_at_the_speed_of_a_step() -> None:
         base_bytes_each=2,
         micro_tokens=4096,
         row_tokens=2048,
-        checkpointing=False,
+        levels=("keep",) * shape.layers,
         attention="sdpa",
         compute_bytes_each=2,
         lora_rank=16,
     )
     work = Workload.training(shape, memory, tokens=1000, row_tokens=2048, lora_rank=16)
-    assert work.flops == 1000 * flops_per_token(shape, row_tokens=2048, checkpointing=False, lora_rank=16)
+    assert work.flops == 1000 * flops_per_token(shape, row_tokens=2048, levels=(), lora_rank=16)
     assert (work.memory_bytes, work.utilization) == (memory.total_bytes, UTILISATION)
 
 

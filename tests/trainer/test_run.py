@@ -365,8 +365,8 @@ def test_what_only_changes_rounding_may_be_asked_for_when_a_run_goes_on(tmp_path
     )
     run, said = made(changed, resume=True)
     plan = json.loads((run.folder / "plan.json").read_text())
-    assert plan["checkpointing"] is True and plan["micro_tokens"] == 1024
-    assert "checkpointing=True, micro_tokens=1024" in said and "Going on after step" in said
+    assert set(plan["levels"]) == {"all"} and plan["micro_tokens"] == 1024
+    assert "levels=4 all, micro_tokens=1024" in said and "Going on after step" in said
 
 
 def test_a_run_that_goes_on_elsewhere_reports_the_device_that_it_is_on(tmp_path: Path, monkeypatch, data):
@@ -450,8 +450,8 @@ def test_packing_micro_batches_and_checkpointing_change_no_loss(plain, tmp_path:
     sections = {"eval": {"generate_rows": 0}, "data": {"packing": "on"}, **change}
     run, _ = made(tiny_recipe(tmp_path, **sections), ROWS)
     plans = [json.loads((each.folder / "plan.json").read_text()) for each in (plain, run)]
-    assert [plans[0][key] for key in ("packing", "micro_tokens", "checkpointing")] != [
-        plans[1][key] for key in ("packing", "micro_tokens", "checkpointing")
+    assert [plans[0][key] for key in ("packing", "micro_tokens", "levels")] != [
+        plans[1][key] for key in ("packing", "micro_tokens", "levels")
     ]
     assert losses(run.folder) == pytest.approx(losses(plain.folder), rel=SAME)
     assert losses(run.folder, "eval_loss") == pytest.approx(losses(plain.folder, "eval_loss"), rel=SAME)

@@ -61,8 +61,18 @@ class StepValues:
 class Engine(Protocol):
     """One model, one optimizer, one way to compute."""
 
-    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int) -> None:
-        """Takes over the model; without `optim` it can only evaluate. Raises: ValueError if no parameter trains."""
+    def prepare(
+        self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int, relief: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """Takes over the model; without `optim` it can only evaluate. Raises: ValueError if no parameter trains.
+
+        Args:
+            relief: makes the loss need less memory, and says how; None: it cannot. Asked before micro-batches are divided.
+        """
+        ...
+
+    def rehearse(self, batch: StepBatch) -> None:
+        """Loss and gradients of a batch, and nothing comes of them but that memory was needed. Recovers like a step."""
         ...
 
     def step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:

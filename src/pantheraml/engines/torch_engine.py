@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,9 +36,11 @@ class TorchEngine:
     def __init__(self, backend: Backend, recovery: Recovery | None = None) -> None:
         self._backend, self._recovery = backend, recovery or Recovery()
 
-    def prepare(self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int) -> None:
+    def prepare(
+        self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int, relief: Callable[[], str | None] = lambda: None
+    ) -> None:
         """See `Engine.prepare`."""
-        self._model, self._loss, self._plan, self._seed = model, loss, plan, seed
+        self._model, self._loss, self._plan, self._seed, self._relief = model, loss, plan, seed, relief
         self._device = self._backend.torch_device(plan.device.index)
         self._dtype = getattr(torch, plan.dtype)
         if optim is None:
@@ -48,7 +50,7 @@ class TorchEngine:
         self._adamw = open_adamw(self._flat, optim)
         # The update looks at this tensor on the device and does nothing where it is 1: no step waits for the host to look.
         self._halted = torch.zeros((), device=self._device)
-        if plan.checkpointing:
+        if plan.checkpointing:  # for a model that keeps its own forward
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
@@ -57,17 +59,29 @@ class TorchEngine:
             return self._step(batch, k, lr)
 
     def _step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
-        self._model.train()
-        total = torch.zeros((), device=self._device)
-        for attempt in self._recovery.attempts(f"step {k + 1}", halvings(_most_rows(batch.micro))):
-            with attempt:
-                total = self._gradients(batch, k, attempt.parts)
+        total = self._recovered(f"step {k + 1}", batch, k)
         gradients = self._flat.checked_gradients()
         norm = norm_of(gradients)
         mean = total / max(1, batch.label_count)
         self._halted.copy_(torch.maximum(self._halted, (~(norm.isfinite() & mean.isfinite())).float()))
         self._adamw.step(gradients, norm, self._halted, lr)
         return StepMetrics(mean, norm)
+
+    def rehearse(self, batch: StepBatch) -> None:
+        """See `Engine.rehearse`."""
+        with self._memory_explained("a rehearsal at the largest shape"):
+            self._recovered("a rehearsal at the largest shape", batch, 0)
+        self._flat.drop_gradients()
+        self._backend.synchronize(self._plan.device.index)
+
+    def _recovered(self, doing: str, batch: StepBatch, k: int) -> Tensor:
+        """`_gradients`, with less memory or in more parts where it must be."""
+        self._model.train()
+        total = torch.zeros((), device=self._device)
+        for attempt in self._recovery.attempts(doing, halvings(_most_rows(batch.micro)), relief=self._relief):
+            with attempt:
+                total = self._gradients(batch, k, attempt.parts)
+        return total
 
     def _gradients(self, batch: StepBatch, k: int, parts: int) -> Tensor:
         """The sum of the losses of step k; the gradients of their mean are in the parameters, or none if it fails."""

@@ -158,6 +158,8 @@ def merge_model(
 
     A `tiny:` base, or one without a name, exists only in memory: then a float32 copy of it is merged.
     """
+    from pantheraml.models.quantize import held_in_eight_bits
+
     config = model.peft_config[model.active_adapter]
     base = config.base_model_name_or_path
     if base and not base.startswith(TINY):
@@ -167,7 +169,7 @@ def merge_model(
                 base, adapter, out, revision=config.revision, trust_remote_code=trust_remote_code, verify=verify, overwrite=overwrite
             )
     inner = model.get_base_model()
-    if getattr(inner, "is_quantized", False):
+    if getattr(inner, "is_quantized", False) or held_in_eight_bits(inner):
         raise PantheraError(
             "the base of this adapter is quantised and has no name to read it from again",
             why="an adapter added to rounded weights gives another model than the one that was trained",
@@ -179,8 +181,19 @@ def merge_model(
 def save_full(
     model: Any, tokenizer: Any, out: Path, *, dtype: torch.dtype | None = None, verify: bool = True, overwrite: bool = False
 ) -> MergeReport:
-    """Save a model without adapter in `dtype` (its own if None), read it back and compare."""
+    """Save a model without adapter in `dtype` (its own if None), read it back and compare.
+
+    Raises: PantheraError for a model in eight bits; StorageError as `merge` does.
+    """
+    from pantheraml.models.quantize import held_in_eight_bits
+
     _refuse_occupied(out, overwrite)
+    if held_in_eight_bits(model):
+        raise PantheraError(
+            "a model that is held in eight bits cannot be saved whole",
+            why="its weights were rounded when it was loaded, and the rounded ones are not the model",
+            fix="save its adapter: it fits the base on disk, and save_pretrained_merged or pantheraml export merge the two",
+        )
     reference = _logits(model, _probes(tokenizer, model)) if verify else None
     return _save_checked(model, tokenizer, out, dtype or model.dtype, reference, overwrite=overwrite)
 

@@ -49,6 +49,7 @@ class Failure:
         message: the first line of the error.
         free_before_bytes, free_after_bytes: what the device had left at the failure, and when the failed attempt had let go
             of everything; None: unknown, or not measured.
+        relief: how the work needs less memory from then on, where that was not taking more parts.
     """
 
     kind: FailureKind
@@ -58,12 +59,15 @@ class Failure:
     message: str
     free_before_bytes: int | None = None
     free_after_bytes: int | None = None
+    relief: str | None = None
 
     def __str__(self) -> str:
         free = f"free at that moment: {_size(self.free_before_bytes)}, then {_size(self.free_after_bytes)}"
         said = f"{self.kind.capitalize()} in {self.doing}" + (f", taken in {self.parts} parts" if self.parts > 1 else "")
         if self.next_parts is None:
             return f"{said}: {self.message}"
+        if self.relief is not None:
+            return f"{said} ({free}): it is taken again, from here on {self.relief}; the result stays the same"
         if self.next_parts == self.parts:
             return f"{said} ({self.message}): it is tried again"
         return f"{said} ({free}): it is taken again, from here on in {self.next_parts} parts; the batch and its mean loss stay the same"
@@ -104,7 +108,15 @@ class Recovery:
         """Go on like a recovery that had come to `parts`, a power of two; its halvings count."""
         self.parts, self.said, self._halvings = parts, list(said), parts.bit_length() - 1
 
-    def attempts(self, doing: str, ladder: Sequence[int], *, whole: int | None = None, accumulation: int = 1) -> Iterator[Attempt]:
+    def attempts(
+        self,
+        doing: str,
+        ladder: Sequence[int],
+        *,
+        whole: int | None = None,
+        accumulation: int = 1,
+        relief: Callable[[], str | None] = lambda: None,
+    ) -> Iterator[Attempt]:
         """Attempts at one piece of work until one succeeds: `for attempt in recovery.attempts(...): with attempt: ...`.
 
         What a failed attempt leaves behind is for the body to throw away. An error that is not tried again is raised as it
@@ -114,11 +126,12 @@ class Recovery:
             doing: how messages name it.
             ladder: the numbers of parts that can be tried, rising.
             whole, accumulation: what `micro_batch` and `accumulation` are in one part.
+            relief: asked first when memory runs out: makes the work need less, and says how; None: it cannot.
         """
         in_a_row: Counter[FailureKind] = Counter()
         while True:
             parts = next((parts for parts in ladder if parts >= self.parts), ladder[-1])
-            attempt = Attempt(self, doing, parts, ladder, in_a_row, whole, accumulation)
+            attempt = Attempt(self, doing, parts, ladder, in_a_row, whole, accumulation, relief)
             yield attempt
             if attempt.failure is None:
                 return
@@ -133,19 +146,32 @@ class Recovery:
             else:
                 self._sleep(self._pause_s * 2 ** (in_a_row[failure.kind] - 1))
 
-    def failed(self, error: Exception, doing: str, parts: int, ladder: Sequence[int], in_a_row: Counter[FailureKind]) -> Failure:
+    def failed(
+        self,
+        error: Exception,
+        doing: str,
+        parts: int,
+        ladder: Sequence[int],
+        in_a_row: Counter[FailureKind],
+        relief: Callable[[], str | None],
+    ) -> Failure:
         """Record an error; `next_parts` of what is returned says whether it is tried again."""
         kind = classify(error)
         self.counts[kind] += 1
         in_a_row[kind] += 1
         next_parts: int | None = None
+        said: str | None = None
         if kind != "out of memory":
             next_parts = parts if in_a_row[kind] <= self.retries.get(kind, 0) else None
+        elif self.retries.get(kind, 0) and (said := relief()) is not None:
+            next_parts = parts
         elif self._halvings < self.retries.get(kind, 0):
             next_parts = next((more for more in ladder if more > parts), None)
             self._halvings += next_parts is not None
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        failure = Failure(kind=kind, doing=doing, parts=parts, next_parts=next_parts, message=message, free_before_bytes=self._free())
+        failure = Failure(
+            kind=kind, doing=doing, parts=parts, next_parts=next_parts, message=message, free_before_bytes=self._free(), relief=said
+        )
         self.history.append(failure)
         return failure
 
@@ -184,11 +210,12 @@ class Attempt:
         in_a_row: Counter[FailureKind],
         whole: int | None,
         accumulation: int,
+        relief: Callable[[], str | None],
     ) -> None:
         self.parts = parts
         self.failure: Failure | None = None
         self._recovery, self._doing, self._ladder, self._in_a_row = recovery, doing, ladder, in_a_row
-        self._whole, self._accumulation = whole, accumulation
+        self._whole, self._accumulation, self._relief = whole, accumulation, relief
 
     @property
     def micro_batch(self) -> int:
@@ -208,7 +235,7 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if not isinstance(error, Exception):
             return False
-        failure = self._recovery.failed(error, self._doing, self.parts, self._ladder, self._in_a_row)
+        failure = self._recovery.failed(error, self._doing, self.parts, self._ladder, self._in_a_row, self._relief)
         if failure.next_parts is not None:
             self.failure = failure
             return True

@@ -28,8 +28,8 @@ class Fp8:
     """
 
     def __init__(self, weight_OI: Tensor) -> None:
-        if any(size % _MULTIPLE for size in weight_OI.shape):
-            raise ValueError(f"a matrix of {tuple(weight_OI.shape)} has a side that is no multiple of {_MULTIPLE}")
+        if why := unfit(weight_OI):
+            raise ValueError(why)
         self._forward = rounded(weight_OI)
         self._backward = rounded(self.dense().T)
 
@@ -51,14 +51,22 @@ class Fp8:
         return q.float() * scale
 
 
+def unfit(weight_OI: Tensor) -> str | None:
+    """Why a matrix cannot be held so; None: it can."""
+    odd = any(size % _MULTIPLE for size in weight_OI.shape)
+    return f"a matrix of {tuple(weight_OI.shape)} has a side that is no multiple of {_MULTIPLE}" if odd else None
+
+
 def rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale): e4m3 [N, I] and float32 [N, 1], the largest of each row being the largest that e4m3 has."""
     wide = x_NI.float()
     scale_N1 = wide.abs().amax(1, keepdim=True).clamp_min(1e-20) / _MOST
-    return (wide / scale_N1).to(E4M3), scale_N1
+    return (wide / scale_N1).to(E4M3).contiguous(), scale_N1
 
 
 def _product(rows_NI: Tensor, scale_N1: Tensor, dtype: torch.dtype, q_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    out = torch.bfloat16 if dtype == torch.float16 else dtype
-    y = torch._scaled_mm(rows_NI, q_OI.T, scale_a=scale_N1, scale_b=scale_O1.T.contiguous(), out_dtype=out)
+    if not len(rows_NI):  # torch 2.13 would not take their scales
+        return rows_NI.new_empty(0, len(q_OI), dtype=dtype)
+    # bfloat16 is the only result that every GPU has with a scale a row; what it rounds is a tenth of what eight bits did.
+    y = torch._scaled_mm(rows_NI, q_OI.T, scale_a=scale_N1, scale_b=scale_O1.T.contiguous(), out_dtype=torch.bfloat16)
     return y.to(dtype)

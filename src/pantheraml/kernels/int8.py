@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pantheraml.kernels.table import EIGHT_BIT_PRODUCTS, load
 
+_MULTIPLE, _ROWS = 8, 32
+"""Of the product of a GPU: inputs and outputs come in multiples of so many, and there are at least so many rows."""
 
 class Int8:
     """A `Base` (linear.py): weight is about q * scale, one scale for each output, and once more turned, one for each input.
@@ -57,10 +60,21 @@ def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Product:
-    """rows @ q.T * scale by torch's product of eight-bit matrices."""
+    """rows @ q.T * scale by torch's product of eight-bit matrices.
+
+    On a GPU it wants more than 16 rows, and inputs and outputs in multiples of 8; zeros stand for what is missing. On a CPU it
+    takes any size, but is wrong for a single input (torch 2.13), which this mends as well.
+    """
 
     def __init__(self, q_OI: Tensor, scale_O: Tensor) -> None:
-        self.q, self.scale = q_OI.contiguous(), scale_O
+        self._outputs, self._inputs = q_OI.shape
+        self._padded = pad(q_OI, (0, -self._inputs % _MULTIPLE, 0, -self._outputs % _MULTIPLE)).contiguous()
+        self.scale = scale_O
+
+    @property
+    def q(self) -> Tensor:
+        """int8 [O, I]."""
+        return self._padded[: self._outputs, : self._inputs]
 
     def rows(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
         """The rows as int8, and the scale of each, float32 [N, 1]."""
@@ -70,10 +84,9 @@ class Product:
     def __call__(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """[N, O]."""
         q, scale_N1 = rows
-        missing = max(0, 32 - len(q))  # the product of a GPU wants more than 16 rows
-        padded = torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q
-        y = torch._int_mm(padded, self.q.T)[: len(q)]
-        return (y * (scale_N1 * self.scale)).to(dtype)
+        padded = pad(q, (0, -self._inputs % _MULTIPLE, 0, max(0, _ROWS - len(q))))
+        y = torch._int_mm(padded.contiguous(), self._padded.T)[: len(q), : self._outputs]
+        return (y * scale_N1).mul_(self.scale).to(dtype)
 
 
 class PackedProduct:

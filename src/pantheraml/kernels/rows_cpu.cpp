@@ -220,10 +220,18 @@ void round_rows(const T* x, int64_t x_row, uint8_t* q, float* scales, int64_t ro
   for (int64_t r = 0; r < rows; r++) {
     const T* in = x + r * x_row;
     uint8_t* out = q + r * width;
-    Floats most = all(0.f);
-    auto seen = [&](Floats v) { most = larger(v < 0.f ? -v : v, most); };
+    Ints most = {};  // bits of |x|: they rise with the number, and what is no number stands above all
+    auto seen = [&](Floats v) {
+      Ints size = (Ints)v & 0x7fffffff;
+      most = size > most ? size : most;
+    };
     along(width, [&](int64_t i) { seen(load(in + i)); }, [&](int64_t i, int64_t n) { seen(load_some(in + i, n)); });
-    float top = std::max(largest(most), 1e-20f), scale = top / 127.f;
+    int32_t bits = 0;
+    for (int64_t i = 0; i < WIDTH; i++) bits = std::max(bits, most[i]);
+    float top;
+    std::memcpy(&top, &bits, sizeof top);
+    top = std::max(top, 1e-20f);  // the first if it is no number: then its scale is none, and the row's results are none
+    float scale = top / 127.f;
     scales[r] = scale;
     auto rounded_to = [&](Floats v) {
       Ints whole = (Ints)(v * (127.f / top) + 12583040.f);  // 1.5 * 2^23 + 128: rounds, and stands in the lowest bits

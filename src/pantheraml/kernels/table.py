@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import Any
 
 _ROOM = "pantheraml.kernels."
+CPU_ROOM = _ROOM + "cpu:"
+"""How the targets begin that call the C++ kernels, which are built on first use (native.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,11 @@ OPERATIONS: Mapping[str, Operation] = {
 DISPATCH: Mapping[str, str] = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
 """Kind of device -> what torch's dispatcher calls it."""
 
-_BY_ROWS = ("rms_norm", "rms_norm_backward", "gated", "gated_backward", "rope", "cross_entropy")
 KERNELS: Mapping[tuple[str, str], str] = {
-    **{(name, "cpu"): f"{_ROOM}cpu:{name}" for name in OPERATIONS},
+    **{(name, "cpu"): f"{CPU_ROOM}{name}" for name in OPERATIONS},
+    **{(name, kind): f"{_ROOM}{name.removesuffix('_backward')}_triton:{name}" for name in OPERATIONS for kind in ("cuda", "xpu")},
+    ("attention", "cuda"): _ROOM + "attention_cuda:attention",
+    ("attention_backward", "cuda"): _ROOM + "attention_cuda:attention_backward",
 }
 """(operation, kind of device) -> module:function, where there is something faster than the reference."""
 

@@ -22,11 +22,14 @@ def linear_names(model: Any) -> list[str]:
     found: dict[str, None] = {}
     for name, module in model.named_modules():
         owner, _, last = name.rpartition(".")
-        # Mamba layers use the weights of out_proj in a fused kernel, past any adapter on it; PEFT refuses it too.
-        bypassed = last == "out_proj" and hasattr(model.get_submodule(owner), "conv1d")
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not bypassed:
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not bypassed(model.get_submodule(owner), last):
             found[last] = None
     return list(found)
+
+
+def bypassed(owner: Any, name: str) -> bool:
+    """Whether a layer's weight is read past its forward: Mamba layers give that of out_proj to a fused kernel. PEFT refuses it, too."""
+    return name == "out_proj" and hasattr(owner, "conv1d")
 
 
 def attach(model: Any, spec: LoRA, *, seed: int) -> PeftModel:

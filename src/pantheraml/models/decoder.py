@@ -10,6 +10,7 @@ Letters: N tokens, D hidden, H heads, K key heads, W width of a head, R pairs th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from pantheraml.kernels.rms_norm import rms_norm
 from pantheraml.kernels.rope import rope
 from pantheraml.models.head import causal_model
 from pantheraml.models.lora import projection
+from pantheraml.planning.levels import Levels, format_levels, lower
 from pantheraml.planning.memory import TILE_TOKENS, Level
 
 if TYPE_CHECKING:
@@ -86,16 +88,25 @@ class Decoder:
 
     Args:
         levels: what each layer keeps for backward; see planning/memory.py. None: everything that is not cheap.
+        allowed: levels that `lower` may go to, the fastest first.
         in_host_memory: a context in which what is saved for backward goes to ordinary memory.
     """
 
-    def __init__(self, model: Any, levels: Sequence[Level] | None = None, in_host_memory: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        levels: Levels | None = None,
+        *,
+        allowed: Sequence[Level] = (),
+        in_host_memory: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         causal = causal_model(model)
         self._config = causal.config
         self._family = FAMILIES[causal.config.model_type]
         self._backbone: Any = getattr(causal, causal.base_model_prefix)
         self._layers: list[Any] = list(self._backbone.layers)
-        self.levels: tuple[Level, ...] = tuple(levels or ("cheap",) * len(self._layers))
+        self.levels: Levels = tuple(levels or ("cheap",) * len(self._layers))
+        self._allowed = tuple(allowed)
         self._in_host_memory = in_host_memory
         self._activations = [_activation_of(layer.mlp) for layer in self._layers]
 
@@ -115,6 +126,14 @@ class Decoder:
             x_ND = self._at(level, i, layer, x_ND, batch, angles, rows)
         norm = self._norm(self._backbone.norm)
         return self._backbone.norm(x_ND) if norm is None else rms_norm(x_ND, norm.weight_I, eps=norm.eps, offset=norm.offset)
+
+    def lower(self) -> str | None:
+        """Keep less from here on: one level down, and what that is; None: there is none below. The results are the same bits."""
+        found = lower(self.levels, self._allowed)
+        if found is None:
+            return None
+        self.levels = found
+        return f"with layers at {format_levels(found)}"
 
     def _at(self, level: Level, i: int, layer: Any, x: Tensor, batch: MicroTensors, angles: Any, rows: Tensor | None) -> Tensor:
         """One layer at its level."""

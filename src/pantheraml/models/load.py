@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import RecipeError
-from pantheraml.models.quantize import keep_format
+from pantheraml.models.decoder import decodes
+from pantheraml.models.quantize import EightBitLinear, keep_format
 from pantheraml.models.tiny import PREFIX, family_of, tiny_config, tiny_tokenizer
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import ModelSpec
@@ -49,7 +50,6 @@ def shape_of(model: Any, name: str) -> ModelShape:
     """The same for a model that is there; what an adapter added to it is not counted."""
     import torch
     from torch import nn
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight the other way round
 
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -59,18 +59,20 @@ def shape_of(model: Any, name: str) -> ModelShape:
     heads = int(getattr(text, "num_attention_heads", 1) or 1)
     hidden = int(text.hidden_size)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype), None)
+    linears = {
+        module: size
+        for name, module in model.named_modules()
+        if module is not head and not _is_adapter(name) and (size := _linear_size(module)) is not None
+    }
     own_head = 0 if head is None or head.weight is embedding.weight else head.weight.numel()
     return ModelShape(
         name=name,
         family=str(text.model_type),
-        # A tied one is named once.
-        parameters=sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_adapter(name)),
+        # A tied one is named once. A layer in fewer bits has its weights elsewhere, or several in one value.
+        parameters=sum(parameter.numel() for name, parameter in model.named_parameters() if not _is_adapter(name))
+        + sum(n_in * n_out - _stored(module) for module, (n_in, n_out) in linears.items()),
         embedding_parameters=embedding.weight.numel() + own_head,
-        linears=tuple(
-            (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.nx, module.nf)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head and not _is_adapter(name)
-        ),
+        linears=tuple(linears.values()),
         layers=int(text.num_hidden_layers),
         hidden=hidden,
         vocab=int(embedding.weight.shape[0]),
@@ -81,8 +83,25 @@ def shape_of(model: Any, name: str) -> ModelShape:
         max_tokens=int(getattr(text, "max_position_embeddings", None) or 2048),
         packs=not any(isinstance(module, nn.Conv1d) or _CARRIES_STATE.search(type(module).__name__) for module in model.modules()),
         weight_bytes_each=dtype.itemsize if dtype else 4,
+        fused=decodes(model) is None,
         attention=_attention_of(type(model)),
     )
+
+
+def _linear_size(module: Any) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, in whatever form it is held; None: it is none."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight the other way round
+
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear | EightBitLinear) else None
+
+
+def _stored(linear: Any) -> int:
+    """How many values its weight has as a parameter."""
+    weight = getattr(linear, "weight", None)
+    return 0 if weight is None else weight.numel()
 
 
 def _is_adapter(name: str) -> bool:

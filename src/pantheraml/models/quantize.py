@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pantheraml.errors import MissingExtra, RecipeError
-from pantheraml.kernels.fp8 import Fp8
+from pantheraml.errors import MissingExtra, PantheraError, RecipeError
+from pantheraml.kernels.fp8 import Fp8, unfit
 from pantheraml.kernels.int8 import Int8
 from pantheraml.kernels.linear import Base, Projection, linear
+from pantheraml.models.lora import product_dtype
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -53,45 +55,100 @@ def keep_format(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+class WeightAbsent(PantheraError, AttributeError):
+    """Somebody asked a layer for the matrix that it no longer has."""
+
+
 class EightBitLinear(nn.Module):
-    """A frozen linear layer whose matrix is held in eight bits. It has no weight that could be saved or trained."""
+    """A frozen linear layer whose matrix is held in eight bits, where it was made. It has no weight that could be saved or trained."""
 
     def __init__(self, layer: nn.Linear, bits: EightBit) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
-        self._base: Base = Int8(layer.weight.detach()) if bits == "int8" else Fp8(layer.weight.detach())
+        self._base = Int8(layer.weight.detach()) if bits == "int8" else Fp8(layer.weight.detach())
 
     def kernel_base(self) -> Base:
         """What multiplies, for the kernels."""
         return self._base
 
+    def matrix(self) -> Tensor:
+        """What the layer multiplies by, float32 [outputs, inputs]: the weight that it had, rounded."""
+        return self._base.dense()
+
     def forward(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias, [..., outputs]."""
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).to(product_dtype(x))
         return linear(rows, Projection(None, self.bias, base=self._base)).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """As nn.Linear shows itself, with the form of the matrix."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {type(self._base).__name__.lower()}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # to PEFT's merge, for one, an AttributeError alone would say nothing
+            raise WeightAbsent(
+                "this layer holds its matrix in eight bits, and has no weight",
+                why="the weight was rounded when it was loaded, and what is merged or trained should not be",
+                fix="merge with save_pretrained_merged or pantheraml export, which read the base again; or load it without eight bits",
+            )
+        return super().__getattr__(name)
 
 
 def to_eight_bits(model: Any, bits: EightBit) -> int:
-    """Every frozen linear layer of the model but its output head into eight bits, one after the other; how many.
+    """Every frozen linear layer of the model but its output head and its adapters into eight bits, one by one; how many.
 
     The weights they had are gone: what is trained beside them is an adapter, which fits the base on disk as well.
-    Raises: RecipeError for fp8 where a matrix has a side that is no multiple of 16.
+    Raises: RecipeError, before anything is changed, for DoRA, and for fp8 where a matrix has a side that is no multiple of 16.
     """
+    found = list(_frozen_linears(model))
+    if any(getattr(module, "lora_variant", None) for module in model.modules()):
+        raise RecipeError(
+            "adapter.dora does not go with a base in eight bits",
+            why="DoRA scales the base's weights at each step, and in eight bits they are only there as products",
+            fix="set adapter.dora to false, or hold the base in another form",
+        )
+    for _, _, layer in found if bits == "fp8" else ():
+        if why := unfit(layer.weight):
+            raise RecipeError("this model does not fit into eight-bit floats", why=why, fix="set model.load_in_fp8 to false")
+    for parent, name, layer in found:
+        setattr(parent, name, EightBitLinear(layer, bits))
+    return len(found)
+
+
+def to_matrices(model: Any) -> int:
+    """Every layer in eight bits into a linear layer again, of the matrix that it multiplies by and the model's dtype; how many."""
+    dtype, done = model.dtype, 0
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, EightBitLinear):
+                continue
+            matrix = layer.matrix()
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(matrix.to(dtype), requires_grad=False)
+            plain.bias = layer.bias
+            setattr(parent, name, plain)
+            done += 1
+    return done
+
+
+def held_in_eight_bits(model: Any) -> bool:
+    """Whether some layer of the model is."""
+    return any(isinstance(module, EightBitLinear) for module in model.modules())
+
+
+def _frozen_linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, layer) of every plain one that nobody trains and whose weight nobody reads past it."""
+    from pantheraml.models.adapters import bypassed
     from pantheraml.models.head import causal_model
 
     head = causal_model(model).get_output_embeddings()
-    done = 0
+    others = {id(part) for part in (head.modules() if head is not None else ())}  # under an adapter the head lies within it
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):  # PEFT's; they may be frozen, too
+            part = getattr(module, name, None)
+            others |= {id(each) for each in part.modules()} if isinstance(part, nn.Module) else set()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or layer is head or layer.weight.requires_grad:
-                continue
-            try:
-                setattr(parent, name, EightBitLinear(layer, bits))
-            except ValueError as error:
-                raise RecipeError(
-                    "this model does not fit into eight-bit floats", why=str(error), fix="set model.load_in_fp8 to false"
-                ) from error
-            done += 1
-    causal_model(model).is_quantized = True  # transformers' own word for a base that cannot be merged into
-    return done
+            if type(layer) is nn.Linear and id(layer) not in others and not layer.weight.requires_grad and not bypassed(parent, name):
+                yield parent, name, layer

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device
-from pantheraml.planning.memory import MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.levels import SAID, Levels, mixed
+from pantheraml.planning.memory import RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.types import HardwareAsk
@@ -26,17 +27,17 @@ FAST_FLOPS = 1e13
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What fits: tokens at once, whether layers are computed again, the estimate, and the reasons."""
+    """What fits: tokens at once, what each layer keeps, the estimate, and the reasons."""
 
     micro_tokens: int
-    checkpointing: bool
+    levels: Levels
     memory: MemoryEstimate
     reason: str
-    checkpointing_reason: str
+    levels_reason: str
 
 
-Estimate = Callable[[int, bool], MemoryEstimate]
-"""(micro_tokens, checkpointing) -> bytes."""
+Estimate = Callable[[int, Levels], MemoryEstimate]
+"""(micro_tokens, what each layer keeps) -> bytes."""
 
 
 def round_lengths(longest: int, *, start: int = SHORTEST_ROW) -> tuple[int, ...]:
@@ -95,18 +96,20 @@ def choose_micro_tokens(
     longest_row: int,
     batch_tokens: int,
     peak_flops: float | None,
-    checkpointing: bool | None,
+    layers: int,
+    rungs: tuple[Level, ...],
     asked: int | None = None,
     remedies: tuple[str, ...] = (),
 ) -> MicroBatch:
     """The most tokens at once that fit into HEADROOM of the free memory and still make the step faster.
 
     Args:
-        estimate: bytes for (micro_tokens, checkpointing).
+        estimate: bytes for (micro_tokens, levels).
         longest_row: tokens of the longest row; one of them is the least that can be taken.
         batch_tokens: tokens in one optimizer step; more than a step cannot be taken at once.
         peak_flops: of the device, or None.
-        checkpointing: True or False as asked; None: only if not even one row fits without.
+        layers: of the model. rungs: levels that may be used, the fastest first. Products are computed again only if not even
+            one row fits without, and then in no more layers than it takes.
         asked: micro_tokens of the recipe, taken as it is; refused only over all of the free memory.
         remedies: what would make it fit, best first, for the error.
     Raises: DeviceError with the numbers, if it does not fit.
@@ -121,16 +124,22 @@ def choose_micro_tokens(
         else tuple(dict.fromkeys([*(n for n in reversed(round_lengths(cap, start=64)) if longest_row < n <= cap), longest_row]))
     )
 
-    for again in (False, True) if checkpointing is None else (checkpointing,):
-        for tokens in sizes:
-            memory = estimate(tokens, again)
-            if memory.total_bytes <= budget:
-                return _chosen(
-                    tokens, again, memory, asked=asked, cap=cap, busy=busy, free_bytes=free_bytes, given=checkpointing is not None
-                )
+    def fits(tokens: int, levels: Levels) -> bool:
+        return estimate(tokens, levels).total_bytes <= budget
 
-    least = estimate(sizes[-1], checkpointing is not False)
-    with_checkpointing = "" if checkpointing is False else " even with checkpointing"
+    light = [rung for rung in rungs if rung not in RECOMPUTED]
+    tries = [(tokens, rung) for tokens in sizes for rung in light]
+    tries += [(sizes[-1], rung) for rung in rungs if rung in RECOMPUTED]
+    for tokens, rung in tries:
+        if fits(tokens, (rung,) * layers):
+            above = rungs[: rungs.index(rung)]
+            levels = mixed(layers, above[-1], rung, lambda levels: fits(tokens, levels)) if above else (rung,) * layers  # noqa: B023
+            return _chosen(
+                tokens, levels, estimate(tokens, levels), asked=asked, cap=cap, busy=busy, free_bytes=free_bytes, given=len(rungs) == 1
+            )
+
+    least = estimate(sizes[-1], (rungs[-1],) * layers)
+    with_checkpointing = " even with checkpointing" if rungs[-1] in RECOMPUTED else ""
     raise DeviceError(
         f"training needs {format_bytes(least.total_bytes)}{with_checkpointing}, and the device has {format_bytes(free_bytes)} free"
         + ("" if asked else f", of which a plan fills {HEADROOM:.0%}"),
@@ -142,7 +151,7 @@ def choose_micro_tokens(
 
 
 def _chosen(
-    tokens: int, again: bool, memory: MemoryEstimate, *, asked: int | None, cap: int, busy: int, free_bytes: int, given: bool
+    tokens: int, levels: Levels, memory: MemoryEstimate, *, asked: int | None, cap: int, busy: int, free_bytes: int, given: bool
 ) -> MicroBatch:
     need = f"{format_bytes(memory.total_bytes)} of {format_bytes(free_bytes)} free"
     if asked:
@@ -153,13 +162,9 @@ def _chosen(
         reason = f"the device is busy with that many, more at once would only take memory; needs about {need}"
     else:
         reason = f"a whole step is not longer; needs about {need}"
-    if given:
-        why = "the recipe asks for it"
-    elif again:
-        why = "not even one row fits without it; costs about a third more time"
-    else:
-        why = "what backward needs fits into memory, so nothing is computed twice"
-    return MicroBatch(micro_tokens=tokens, checkpointing=again, memory=memory, reason=reason, checkpointing_reason=why)
+    why = "the recipe asks for it: " if given else "" if levels[0] not in RECOMPUTED else "not even one row fits without: "
+    why += "; ".join(SAID[level] for level in dict.fromkeys(levels))
+    return MicroBatch(micro_tokens=tokens, levels=levels, memory=memory, reason=reason, levels_reason=why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +219,8 @@ def batch_by_shape(
             base_bytes_each=each if lora_rank else 4,
             micro_tokens=rows * tokens,
             row_tokens=tokens,
-            checkpointing=False,
+            levels=("cheap",) * shape.layers,
+            fused=shape.fused,
             attention=shape.attention[0],
             compute_bytes_each=each,
             lora_rank=lora_rank,

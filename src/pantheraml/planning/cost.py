@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pantheraml.planning.memory import RECOMPUTED, Level
 from pantheraml.planning.shape import ModelShape
 
 UTILISATION = 0.35
@@ -45,15 +47,15 @@ def format_dollars(usd: float | None) -> str:
     return f"${usd:.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}"
 
 
-def flops_per_token(shape: ModelShape, *, row_tokens: int, checkpointing: bool, lora_rank: int | None) -> float:
+def flops_per_token(shape: ModelShape, *, row_tokens: int, levels: Sequence[Level], lora_rank: int | None) -> float:
     """Floating point operations for a token, forward and backward.
 
-    A weight costs 2 forward, 2 for the gradient of its input and, if it trains, 2 for its own; computing again adds
-    2. Attention multiplies each of T = row_tokens keys and values twice forward (4 T Q a layer), and costs twice that
+    A weight costs 2 forward, 2 for the gradient of its input and, if it trains, 2 for its own; computing a layer again
+    adds 2. Attention multiplies each of T = row_tokens keys and values twice forward (4 T Q a layer), and costs twice that
     backward. All T are counted: a mask hides products, it does not save them.
     """
     matrices = shape.parameters - shape.embedding_parameters + shape.vocab * shape.hidden  # the head multiplies, the embedding does not
-    again = 1 if checkpointing else 0
+    again = sum(level in RECOMPUTED for level in levels) / max(1, len(levels))
     weights = 2.0 * matrices * ((3 if lora_rank is None else 2) + again)
     adapters = 0.0 if lora_rank is None else 2.0 * shape.lora_parameters(lora_rank) * (3 + again)
     attention = 4.0 * shape.layers * row_tokens * shape.heads * shape.head_dim * (3 + again)
@@ -64,7 +66,7 @@ def estimate_cost(
     shape: ModelShape,
     *,
     row_tokens: int,
-    checkpointing: bool,
+    levels: Sequence[Level],
     lora_rank: int | None,
     peak_flops: float | None,
     total_tokens: int | None,
@@ -76,7 +78,7 @@ def estimate_cost(
         row_tokens: length of the rows that attention runs over. peak_flops: of the dtype in use, FLOP/s.
         total_tokens: tokens in the whole run, all epochs. usd_per_hour: of the device.
     """
-    flops = flops_per_token(shape, row_tokens=row_tokens, checkpointing=checkpointing, lora_rank=lora_rank)
+    flops = flops_per_token(shape, row_tokens=row_tokens, levels=levels, lora_rank=lora_rank)
     tokens_per_s = None if peak_flops is None else peak_flops * UTILISATION / flops
     time_s = None if tokens_per_s is None or total_tokens is None else total_tokens / tokens_per_s
     return CostEstimate(

@@ -1,14 +1,15 @@
 """How many bytes a training step needs, from the structure of a decoder layer. Needs no torch.
 
-The coefficients are read off what autograd keeps for the stock transformers modules under autocast
-(torch 2.13, transformers 5.23, peft 0.21); tests/planning/test_memory_calibration.py counts them again.
+The coefficients are what our kernels keep for backward, and for layers that they do not compute, what autograd keeps for the
+stock transformers modules under autocast (torch 2.13, transformers 5.23, peft 0.21); tests/planning/test_memory_calibration.py
+counts both again.
 
 Letters: D hidden, Q = heads * head_dim, K = kv_heads * head_dim, F intermediate, V vocabulary, T row length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +21,11 @@ gates are computed again. all: only the layer's input is kept, the rest is compu
 a piece of the tokens at a time. offload: like all, with the input in ordinary memory."""
 TILE_TOKENS = 1024
 """Tokens of a piece of the MLP at the level `tiled`."""
+RECOMPUTED: frozenset[Level] = frozenset({"all", "tiled", "offload"})
+"""Levels at which a layer's products are computed a second time."""
+LOSS_CHUNK_BYTES = 64 << 20
 LOSS_CHUNK_TOKENS = 1024
-"""Labelled tokens whose logits the fused output head holds at once."""
+"""Labelled tokens whose logits the fused output head holds at once: so many, or as many as have LOSS_CHUNK_BYTES of logits, but 128."""
 OPTIMIZER_BYTES: Mapping[str, float] = {"float32": 8, "8bit": 2 + 2 * 4 / 256, "paged": 2 + 2 * 4 / 256}
 """optim.states of a recipe -> bytes of both moments of a weight. In 8 bits each block of 256 has a float32 scale."""
 RUNTIME_BYTES = 512 << 20
@@ -31,6 +35,7 @@ RUNTIME_BYTES = 512 << 20
 # Families whose attention normalises each head of q and k, and those with a norm after each block as well.
 _HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2"})
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
+_ONE_NORM = frozenset({"cohere", "cohere2"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +73,35 @@ def format_bytes(size_bytes: int | None) -> str:
     return f"{size_bytes / (1 << 10):.0f} KiB"
 
 
+def loss_chunk(vocab: int, compute_bytes_each: int) -> int:
+    """Labelled tokens whose logits are held at once; fewer where the vocabulary is large, down to what keeps products fast."""
+    return min(LOSS_CHUNK_TOKENS, max(128, LOSS_CHUNK_BYTES // (vocab * compute_bytes_each) // 64 * 64))
+
+
+def fused_layer_bytes_per_token(shape: ModelShape, level: Level, *, compute_bytes_each: int, lora_rank: int | None) -> int:
+    """Bytes that one decoder layer keeps for backward, for each token, where the kernels compute it.
+
+    cheap: the inputs of both norms and their scales, q and k rotated, v, what attention gives and its sums, gate and up, and
+    the skinny product of each adapter. keep: also the results of norms and of the gate.
+    """
+    if level in RECOMPUTED:
+        return 0 if level == "offload" else shape.hidden * compute_bytes_each
+    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    numbers = 2 * shape.hidden + 2 * q + 2 * k + 2 * shape.intermediate + 7 * (lora_rank or 0)
+    floats = 2 + shape.heads
+    if level == "keep":
+        numbers += 2 * shape.hidden + shape.intermediate
+    if shape.family in _HEAD_NORMS:
+        numbers, floats = numbers + q + k, floats + shape.heads + shape.kv_heads
+    if shape.family in _FOUR_NORMS:
+        numbers, floats = numbers + 2 * shape.hidden, floats + 2
+    if shape.family in _ONE_NORM:  # a plain norm of transformers in float32; no second one, and its result is kept
+        numbers, floats = numbers - (2 if level == "keep" else 0) * shape.hidden, floats - 2 + 2 * shape.hidden + 1
+    return numbers * compute_bytes_each + 4 * floats
+
+
 def layer_bytes_per_token(shape: ModelShape, *, compute_bytes_each: int, row_tokens: int, attention: str, lora_rank: int | None) -> int:
-    """Bytes that one decoder layer keeps for backward, for each token.
+    """Bytes that one decoder layer of transformers keeps for backward, for each token.
 
     Args:
         compute_bytes_each: 2 under bfloat16 autocast, 4 in float32.
@@ -114,10 +146,11 @@ def estimate_memory(
     base_bytes_each: float,
     micro_tokens: int,
     row_tokens: int,
-    checkpointing: bool,
+    levels: Sequence[Level],
     attention: str,
     compute_bytes_each: int,
     lora_rank: int | None,
+    fused: bool = False,
     train_bytes_each: int = 4,
     optimizer_bytes_each: float = OPTIMIZER_BYTES["float32"],
     runtime_bytes: int = RUNTIME_BYTES,
@@ -130,7 +163,8 @@ def estimate_memory(
         train_bytes_each: of a weight that trains, and of its gradient (float32: 4).
         optimizer_bytes_each: of both moments of such a weight; see OPTIMIZER_BYTES.
         micro_tokens: tokens taken at once. row_tokens: the longest row.
-        checkpointing: keep each layer's input and compute the rest again, a layer at a time.
+        levels: what each layer keeps. Stock layers know two: everything, or their input.
+        fused: the kernels compute the layers.
         compute_bytes_each: of the arithmetic: 2 under autocast, 4 in float32.
         lora_rank: None for full fine-tuning.
         runtime_bytes: libraries and workspaces; see RUNTIME_BYTES.
@@ -140,30 +174,64 @@ def estimate_memory(
     full, low = lora_rank is None, compute_bytes_each < 4
     frozen = shape.parameters - trainable_parameters if full else shape.parameters
     weights = int(frozen * base_bytes_each) + trainable_parameters * train_bytes_each
-    # Autocast casts each trained matrix once and keeps the casts until the forward is over, or until backward where autograd needs them.
-    matrices = sum(n_in * n_out for n_in, n_out in shape.linears) + shape.vocab * shape.hidden
-    casts = compute_bytes_each * (matrices if full else trainable_parameters) if low else 0
-
-    layer = layer_bytes_per_token(
-        shape, compute_bytes_each=compute_bytes_each, row_tokens=row_tokens, attention=attention, lora_rank=lora_rank
+    held = _fused if fused else _stock
+    activations, logits = held(
+        shape, tuple(levels), micro_tokens, row_tokens, attention, compute_bytes_each, lora_rank, trainable_parameters
     )
-    # Between layers flows float32 if the embedding trains (it is a float32 weight), else the compute dtype.
-    between = shape.hidden * (4 if full else compute_bytes_each)
-    if checkpointing:
-        # Busiest at the end of forward, with all casts, or in backward, with one layer computed again.
-        kept = micro_tokens * shape.layers * between + max(casts, micro_tokens * layer + casts // shape.layers)
-    else:
-        kept = micro_tokens * shape.layers * layer + casts
-    # The last norm, the loss's input and gradient; the mask; and while a layer runs, two of its widest tensors
-    # (in float32 with LoRA, because peft computes there).
-    widest = max(shape.intermediate, shape.hidden)
-    ends = 3 * 4 * shape.hidden + row_tokens + 2 * widest * (compute_bytes_each if full else 4)
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=trainable_parameters * train_bytes_each,
         optimizer_bytes=int(trainable_parameters * optimizer_bytes_each),
-        activations_bytes=kept + micro_tokens * ends,
-        # Logits, their softmax and their gradient in float32, one chunk at a time; the head's own gradient waits for backward.
-        logits_bytes=min(LOSS_CHUNK_TOKENS, micro_tokens) * shape.vocab * 4 * 3 + (shape.vocab * shape.hidden * 4 if full else 0),
+        activations_bytes=activations,
+        # The head's own gradient, in float32, waits for backward.
+        logits_bytes=logits + (shape.vocab * shape.hidden * 4 if full else 0),
         runtime_bytes=runtime_bytes,
     )
+
+
+def _fused(
+    shape: ModelShape, levels: tuple[Level, ...], tokens: int, row: int, attention: str, each: int, rank: int | None, trainable: int
+) -> tuple[int, int]:
+    """(activations, logits) where the kernels compute the layers, all tokens having a label."""
+
+    def layer(level: Level) -> int:
+        return fused_layer_bytes_per_token(shape, level, compute_bytes_each=each, lora_rank=rank)
+
+    inner, hidden = shape.intermediate * each, shape.hidden * each
+    kept = tokens * sum(map(layer, levels))
+    # In a layer's backward: the gradient of what it gave and of the gate's product, then of gate and up, and the product again.
+    working = tokens * (4 * inner + 2 * hidden)
+    again = [tokens * layer("cheap") + working for level in levels if level in RECOMPUTED and level != "tiled"]
+    if "tiled" in levels:
+        again.append(tokens * (layer("cheap") - 2 * inner + 2 * hidden) + min(tokens, TILE_TOKENS) * (6 * inner + 2 * hidden))
+    # Each weight that trains is cast for its product and the cast forgotten.
+    cast = max((n_in * n_out for n_in, n_out in shape.linears), default=0) * each if rank is None and each < 4 else 0
+    working = max(working if any(level not in RECOMPUTED for level in levels) else 0, *again, 0) + cast
+    # The head: what it is given and its gradient, and the logits of one chunk. It is over before backward begins.
+    logits = min(tokens, loss_chunk(shape.vocab, each)) * shape.vocab * each
+    logits += shape.vocab * shape.hidden * each if rank is None and each < 4 else 0
+    ends = tokens * (2 * hidden + 4 * shape.head_dim)
+    return kept + ends + max(0, working - logits), logits
+
+
+def _stock(
+    shape: ModelShape, levels: tuple[Level, ...], tokens: int, row: int, attention: str, each: int, rank: int | None, trainable: int
+) -> tuple[int, int]:
+    """(activations, logits) where transformers' modules compute the layers."""
+    full, low = rank is None, each < 4
+    # Autocast casts each trained matrix once and keeps the casts until the forward is over, or until backward where autograd needs them.
+    matrices = sum(n_in * n_out for n_in, n_out in shape.linears) + shape.vocab * shape.hidden
+    casts = each * (matrices if full else trainable) if low else 0
+    layer = layer_bytes_per_token(shape, compute_bytes_each=each, row_tokens=row, attention=attention, lora_rank=rank)
+    # Between layers flows float32 if the embedding trains (it is a float32 weight), else the compute dtype.
+    between = shape.hidden * (4 if full else each)
+    if any(level in RECOMPUTED for level in levels):
+        # Busiest at the end of forward, with all casts, or in backward, with one layer computed again.
+        kept = tokens * shape.layers * between + max(casts, tokens * layer + casts // shape.layers)
+    else:
+        kept = tokens * shape.layers * layer + casts
+    # The last norm, the loss's input and gradient; the mask; and while a layer runs, two of its widest tensors
+    # (in float32 with LoRA, because peft computes there).
+    widest = max(shape.intermediate, shape.hidden)
+    ends = 3 * 4 * shape.hidden + row + 2 * widest * (each if full else 4)
+    return kept + tokens * ends, min(loss_chunk(shape.vocab, each), tokens) * shape.vocab * 4 * 3

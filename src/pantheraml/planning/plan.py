@@ -14,7 +14,8 @@ from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
-from pantheraml.planning.memory import OPTIMIZER_BYTES, MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.levels import Levels, format_levels, rungs
+from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import LoRA, Recipe
 
@@ -29,13 +30,14 @@ _EIGHT_BIT_BYTES_EACH = 2  # one byte for each direction of the product
 _QUANTIZERS = {
     "nf4": (
         "load_in_4bit",
+        "4 bits",
         "NF4 needs bitsandbytes with support for this device, which is not here",
         "pip install bitsandbytes, or ",
     ),
-    "int8": ("load_in_8bit", "it has no fast products of eight-bit whole numbers (on a CPU: AVX-512 VNNI, AVX VNNI or AMX)", ""),
-    "fp8": ("load_in_fp8", "eight-bit floats need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)", ""),
+    "int8": ("load_in_8bit", "8-bit whole numbers", "it has no fast products of eight-bit whole numbers (on a CPU: AVX-512 VNNI, AVX VNNI or AMX)", ""),
+    "fp8": ("load_in_fp8", "8-bit floats", "eight-bit floats need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)", ""),
 }
-"""Quantizer -> its field in the recipe, what a device lacks without it, and the start of the fix."""
+"""Quantizer -> its field in the recipe, its form, what a device lacks without it, and the start of the fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class Plan:
             [micro_tokens // n, n] for n in row_tokens.
         micro_tokens: tokens the device takes at once.
         packing: several examples share a row.
+        levels: what each layer keeps for backward; see planning/levels.py.
     """
 
     device: Device
@@ -63,18 +66,24 @@ class Plan:
     micro_tokens: int
     batch_size: int
     packing: bool
-    checkpointing: bool
+    levels: Levels
     threads: int | None
     lr: float
     memory: MemoryEstimate
     cost: CostEstimate
     reasons: dict[str, str]
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether any layer is computed again in backward."""
+        return any(level in RECOMPUTED for level in self.levels)
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: tuples are lists, and the memory's total stands beside its parts."""
         plan = asdict(self)
         plan["memory"]["total_bytes"] = self.memory.total_bytes
         plan["row_tokens"] = list(self.row_tokens)
+        plan["levels"] = list(self.levels)
         plan["device"]["dtypes"] = list(self.device.dtypes)
         return plan
 
@@ -102,7 +111,7 @@ class Plan:
             "packing": "on" if self.packing else "off",
             "row_tokens": rows,
             "micro_tokens": f"{self.micro_tokens}",
-            "checkpointing": "on" if self.checkpointing else "off",
+            "checkpointing": format_levels(self.levels),
             "lr": f"{self.lr:g}",
             "memory": f"about {format_bytes(memory.total_bytes)}",
             "speed": speed,
@@ -143,7 +152,7 @@ def make_plan(
     rank = lora.rank if lora else None
 
     dtype, reasons["dtype"] = _dtype(recipe, device)
-    quantizer = _quantizer(recipe, device, quantizers)
+    quantizer = quantizer_of(recipe, device, quantizers)
     base_dtype: Dtype = dtype if lora else "float32"
     reasons["base_dtype"] = _base_reason(quantizer, lora is not None)
     chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention)
@@ -153,11 +162,10 @@ def make_plan(
     row_tokens, reasons["row_tokens"] = _row_tokens(max_tokens, longest_example, packing)
     _check_asked_micro_tokens(recipe, row_tokens[-1])
 
-    def memory_for(micro_tokens: int, checkpointing: bool) -> MemoryEstimate:
-        return _memory(recipe, shape, dtype, chosen_attention, row_tokens[-1], micro_tokens, checkpointing)
+    def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:
+        return _memory(recipe, shape, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
 
     asked = recipe.batch.micro_tokens
-    ask_checkpointing = recipe.hardware.checkpointing
     mean_tokens = train_tokens / train_rows if train_tokens and train_rows else longest_example or max_tokens
     micro = choose_micro_tokens(
         memory_for,
@@ -165,18 +173,19 @@ def make_plan(
         longest_row=row_tokens[-1],
         batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
         peak_flops=device.peak_flops,
-        checkpointing=None if ask_checkpointing == "auto" else ask_checkpointing == "on",
+        layers=shape.layers,
+        rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape)),
         asked=None if asked == "auto" else asked,
         remedies=_remedies(recipe, shape, device, dtype, chosen_attention, quantizers, row_tokens[-1]),
     )
-    reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.checkpointing_reason
+    reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.levels_reason
     lr, reasons["lr"] = _lr(recipe, lora is not None)
 
     price = price_of(device, recipe.hardware.usd_per_hour)
     cost = estimate_cost(
         shape,
         row_tokens=row_tokens[-1],
-        checkpointing=micro.checkpointing,
+        levels=micro.levels,
         lora_rank=rank,
         peak_flops=device.peak_flops if dtype == device.dtypes[0] else None,
         total_tokens=_total_tokens(recipe, train_tokens, train_rows),
@@ -211,7 +220,7 @@ def make_plan(
         micro_tokens=micro.micro_tokens,
         batch_size=recipe.batch.size,
         packing=packing,
-        checkpointing=micro.checkpointing,
+        levels=micro.levels,
         threads=threads,
         lr=lr,
         memory=memory,
@@ -249,14 +258,15 @@ def _dtype(recipe: Recipe, device: Device) -> tuple[Dtype, str]:
     )
 
 
-def _quantizer(recipe: Recipe, device: Device, quantizers: tuple[str, ...]) -> str | None:
+def quantizer_of(recipe: Recipe, device: Device, quantizers: tuple[str, ...]) -> str | None:
+    """How the frozen base is held; None: in the dtype of the products. Raises: DeviceError if the device cannot."""
     asked = asked_quantizer(recipe)
     if asked is None:
         return None
-    field, missing, fix = _QUANTIZERS[asked]
+    field, form, missing, fix = _QUANTIZERS[asked]
     if asked not in quantizers or (asked == "fp8" and not _multiplies_fp8(device)):
         raise DeviceError(
-            f"model.{field}=true, but {device} ({device.label}) cannot",
+            f"model.{field}=true, but {device} ({device.label}) cannot hold a base in {form}",
             why=missing,
             fix=f"{fix}set model.{field} to false",
         )
@@ -271,7 +281,7 @@ def _multiplies_fp8(device: Device) -> bool:
 
 def asked_quantizer(recipe: Recipe) -> str | None:
     """How the recipe wants the frozen base to be held; None: in the dtype of the products."""
-    return next((name for name, (field, _, _) in _QUANTIZERS.items() if getattr(recipe.model, field)), None)
+    return next((name for name, (field, *_) in _QUANTIZERS.items() if getattr(recipe.model, field)), None)
 
 
 def _base_reason(quantizer: str | None, lora: bool) -> str:
@@ -286,7 +296,10 @@ def _base_bytes_each(shape: ModelShape, base_dtype: Dtype, quantizer: str | None
     if quantizer is None:
         return _BYTES_EACH[base_dtype]
     linears = sum(n_in * n_out for n_in, n_out in shape.linears)  # embeddings and norms stay as they are
-    return (linears * (_NF4_BYTES_EACH if quantizer == "nf4" else _EIGHT_BIT_BYTES_EACH) + (shape.parameters - linears) * _BYTES_EACH[base_dtype]) / shape.parameters
+    return (
+        linears * (_NF4_BYTES_EACH if quantizer == "nf4" else _EIGHT_BIT_BYTES_EACH)
+        + (shape.parameters - linears) * _BYTES_EACH[base_dtype]
+    ) / shape.parameters
 
 
 def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers: tuple[str, ...]) -> tuple[str, str]:
@@ -367,16 +380,17 @@ def _remedies(
     recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype, attention: str, quantizers: tuple[str, ...], longest_row: int
 ) -> tuple[str, ...]:
     """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each."""
-    again = recipe.hardware.checkpointing != "off"
+    possible = rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape))
+    most = rungs(device, "auto", fused=fused(recipe, shape))
     budget = (device.free_bytes or 0) * HEADROOM
 
-    def fits(changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, checkpointing: bool = again) -> bool:
-        return _memory(changed, shape, arithmetic, attention, row, row, checkpointing).total_bytes <= budget
+    def fits(changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, level: Level = possible[-1]) -> bool:
+        return _memory(changed, shape, arithmetic, attention, row, row, (level,) * shape.layers).total_bytes <= budget
 
     remedies: list[str] = []
     if recipe.batch.micro_tokens != "auto" and fits(recipe):
         remedies.append("set batch.micro_tokens to auto")
-    if not again and fits(recipe, checkpointing=True):
+    if possible != most and any(fits(recipe, level=level) for level in most):
         remedies.append("set hardware.checkpointing to auto")
     if dtype == "float32" and "bfloat16" in device.dtypes and fits(recipe, arithmetic="bfloat16"):
         remedies.append("set model.dtype to bfloat16")
@@ -391,8 +405,13 @@ def _remedies(
     return tuple(remedies)
 
 
+def fused(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether the kernels compute the layers, adapters and all."""
+    return shape.fused and not (isinstance(recipe.adapter, LoRA) and (recipe.adapter.dropout > 0 or recipe.adapter.dora))
+
+
 def _memory(
-    recipe: Recipe, shape: ModelShape, dtype: Dtype, attention: str, row_tokens: int, micro_tokens: int, checkpointing: bool
+    recipe: Recipe, shape: ModelShape, dtype: Dtype, attention: str, row_tokens: int, micro_tokens: int, levels: Levels
 ) -> MemoryEstimate:
     rank = recipe.adapter.rank if isinstance(recipe.adapter, LoRA) else None
     return estimate_memory(
@@ -401,7 +420,8 @@ def _memory(
         base_bytes_each=_base_bytes_each(shape, dtype, asked_quantizer(recipe)) if rank else 4,
         micro_tokens=micro_tokens,
         row_tokens=row_tokens,
-        checkpointing=checkpointing,
+        levels=levels,
+        fused=fused(recipe, shape),
         attention=attention,
         compute_bytes_each=_BYTES_EACH[dtype],
         lora_rank=rank,

@@ -18,6 +18,7 @@ class ModelShape:
         max_tokens: longest position the model was made for.
         packs: False where layers carry state across tokens in a way that cannot be isolated (state space models).
         weight_bytes_each: bytes per weight as stored by its authors (2 for bfloat16).
+        fused: the kernels compute its layers (models/decoder.py).
         attention: implementations that the model class has (attn_implementation names of transformers).
     """
 
@@ -37,6 +38,7 @@ class ModelShape:
     packs: bool
     weight_bytes_each: int
     attention: tuple[str, ...] = ("sdpa", "eager")
+    fused: bool = False
 
     def lora_parameters(self, rank: int) -> int:
         """Parameters that a LoRA of this rank on all linear layers adds."""

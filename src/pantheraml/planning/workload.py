@@ -11,7 +11,7 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device
 from pantheraml.planning.batch import HEADROOM
 from pantheraml.planning.cost import UTILISATION, flops_per_token
-from pantheraml.planning.memory import MemoryEstimate, format_bytes
+from pantheraml.planning.memory import Level, MemoryEstimate, format_bytes
 from pantheraml.planning.shape import ModelShape
 
 Objective = Literal["time", "cost", "balanced"]
@@ -41,10 +41,10 @@ class Workload:
 
     @classmethod
     def training(
-        cls, shape: ModelShape, memory: MemoryEstimate, *, tokens: int, row_tokens: int, lora_rank: int | None, checkpointing: bool = False
+        cls, shape: ModelShape, memory: MemoryEstimate, *, tokens: int, row_tokens: int, lora_rank: int | None, levels: Sequence[Level] = ()
     ) -> Workload:
         """A training run over so many tokens, at the share of speed that a step reaches with stock modules (planning/cost.py)."""
-        flops = flops_per_token(shape, row_tokens=row_tokens, checkpointing=checkpointing, lora_rank=lora_rank)
+        flops = flops_per_token(shape, row_tokens=row_tokens, levels=levels, lora_rank=lora_rank)
         return cls(flops=flops * tokens, memory_bytes=memory.total_bytes, utilization=UTILISATION)
 
 

@@ -165,8 +165,10 @@ class HardwareAsk(_Part):
     kind: AskedKind = Field(default="auto", description="auto: the first of TPU, CUDA, XPU, MPS, CPU that answers. gpu: the first GPU.")
     index: int = Field(default=0, ge=0, description="Which of them.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads. Default: all cores this process may use.")
-    checkpointing: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Recompute activations to save memory. auto: only where it would not fit otherwise."
+    checkpointing: Literal["auto", "off", "cheap", "on", "tiled", "offload"] = Field(
+        default="auto",
+        description="What is computed again in backward to save memory. off: nothing. cheap: norms and gates. on: whole layers. "
+        "tiled: on, with the MLP in pieces. offload: on, with inputs in ordinary memory. auto: the fastest that fits, layer by layer.",
     )
     allow_cpu: bool = Field(default=True, description="auto may take the CPU. Off: a machine without an accelerator is an error.")
     allow_tpu: bool = Field(default=True, description="auto may take a TPU.")

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blake3
+import numpy as np
 
+from pantheraml.data.chat import Example
 from pantheraml.data.load import BadRows
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.data.prepare import Prepared, Records, prepare
@@ -27,14 +29,20 @@ from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
 from pantheraml.hardware.cpu import usable_cores
 from pantheraml.hardware.find import find
+from pantheraml.hardware.host_memory import HostMemory
 from pantheraml.hardware.monitor import Monitor
 from pantheraml.hardware.recovery import Recovery
+from pantheraml.hardware.settings import read_settings
+from pantheraml.kernels import native
+from pantheraml.kernels.table import CPU_ROOM, installed
 from pantheraml.models.adapters import attach
+from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
 from pantheraml.models.lora import fused_lora, stock_layers
 from pantheraml.models.quantize import available, quantization, to_eight_bits
 from pantheraml.models.tiny import PREFIX as TINY
+from pantheraml.planning.levels import format_levels, rungs
 from pantheraml.planning.plan import Plan, longest_allowed, make_plan
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import LoRA, Recipe
@@ -50,6 +58,10 @@ from pantheraml.trainer.watch import Watch, open_reporters
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
+
+
+TIGHT = 0.5
+"""Share of the free memory above which a plan is rehearsed at its largest shape before the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,8 +208,11 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     engine = TorchEngine(backend, recovery)
-    loss = sft_loss(model)
-    engine.prepare(model, loss, recipe.optim, plan, seed=recipe.run.seed)
+    if any(target.startswith(CPU_ROOM) for target in installed(plan.device.kind).values()):
+        native.prepare(read_settings().cache, lambda said: console.print(said, markup=False, highlight=False))
+    decoder = decoder_of(model, plan, recipe, backend)
+    relief = decoder.lower if decoder else lambda: None
+    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=relief)
 
     # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.
     samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
@@ -229,6 +244,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     recovery.announce = watch.say
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)
+    if plan.memory.total_bytes > TIGHT * (plan.device.free_bytes or 0):
+        engine.rehearse(layout(largest(plan)))
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
@@ -241,8 +258,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     peak_bytes = backend.memory(index).peak_bytes
 
     notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
-    if stock := stock_layers(model):
-        notes.append(f"{stock} adapted layers were computed by PEFT itself (dropout, DoRA, 4 bits): the kernel has none of these")
+    notes += slower_than_could_be(model)
     kept = position.step
     if rhythm.keep_best and position.best_step not in (None, position.step):
         try:
@@ -279,6 +295,34 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
     write_report(folder, report, plan, samples)
     return run
+
+
+def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Decoder | None:
+    """What computes the layers by the kernels, at the plan's levels; None: the model keeps its own forward."""
+    if decodes(model) is not None:
+        return None
+    allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=True)
+    away = HostMemory(backend.torch_device(plan.device.index), pinned=backend.pinned_memory) if "offload" in allowed else None
+    return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away)
+
+
+def slower_than_could_be(model: Any) -> list[str]:
+    """What was not computed by the fastest kernels, and why: for the report."""
+    found: list[str] = []
+    if (why := decodes(model)) is not None:
+        found.append(f"the model's own forward computed the layers: {why}")
+    if stock := stock_layers(model):
+        found.append(f"{stock} adapted layers were computed by PEFT itself: the kernels have no dropout, DoRA or several adapters")
+    if (why := native.why_not()) is not None:
+        found.append(f"torch computed norms, gates and attention, not the C++ kernels: {why}")
+    return found
+
+
+def largest(plan: Plan) -> list[Example]:
+    """Examples that fill the largest micro-batch of a plan, every token with a label."""
+    length = plan.row_tokens[-1]
+    rows = max(1, plan.micro_tokens // length)
+    return [Example(np.zeros(length, dtype=np.int32), np.ones(length, dtype=bool), "a rehearsal") for _ in range(rows)]
 
 
 def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
@@ -349,14 +393,14 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
         return fresh
     asked: dict[str, Any] = {}
     if recipe.hardware.checkpointing != "auto":
-        asked["checkpointing"] = fresh.checkpointing
+        asked["levels"] = fresh.levels
     if recipe.hardware.threads is not None:
         asked["threads"] = fresh.threads
     if recipe.batch.micro_tokens != "auto":
         asked["micro_tokens"] = fresh.micro_tokens
     changed = {choice: value for choice, value in asked.items() if getattr(stored, choice) != value}
     if changed:
-        said = ", ".join(f"{choice}={value}" for choice, value in changed.items())
+        said = ", ".join(f"{choice}={format_levels(value) if choice == 'levels' else value}" for choice, value in changed.items())
         console.print(f"From here on with {said}, as asked: the result is the same but for rounding, not bit by bit.", markup=False)
     # The device as it is now: its free memory, speed and price are not those of the first start.
     cost = replace(stored.cost, usd_per_hour=fresh.cost.usd_per_hour)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.head import Head, output_head
+from pantheraml.planning.memory import loss_chunk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pantheraml.engines.engine import LossFn, MicroTensors
-    from pantheraml.planning.memory import Level
 
 
-def sft_loss(model: Any, levels: Sequence[Level] | None = None) -> LossFn:
+def sft_loss(model: Any, decoder: Decoder | None = None) -> LossFn:
     """The loss for this model: by the kernels where its layers are known, from its own hidden states where its head is, else from its logits.
 
     Args:
-        levels: what each layer keeps for backward, where the kernels compute the layers.
+        decoder: what computes the layers; None: one is made, where the kernels can.
     """
     head = output_head(model)
     if head is None:
         return stock_loss
-    decoder = Decoder(model, levels) if decodes(model) is None else None
+    if decoder is None and decodes(model) is None:
+        decoder = Decoder(model)
 
     def from_hidden(_: Any, batch: MicroTensors) -> Tensor:
         return head_loss(head, hidden_states(head, batch) if decoder is None else decoder.hidden(batch), batch)
@@ -42,6 +42,7 @@ def head_loss(head: Head, hidden_ND: Tensor, batch: MicroTensors) -> Tensor:
         bias_V=head.linear.bias,
         scale=head.scale,
         softcap=head.softcap,
+        chunk=loss_chunk(len(head.linear.weight), hidden_ND.element_size()),
     )
 
 

@@ -1,0 +1,83 @@
+"""What autograd keeps, in ordinary memory instead of the device's, copied while the device goes on working."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Away:
+    """A tensor in ordinary memory; `back` is it on the device again, once it was asked for."""
+
+    host: Tensor
+    copied: Any
+    back: Tensor | None = None
+
+
+class HostMemory:
+    """Contexts in which tensors saved for backward go to ordinary memory: `with host(): y = f(x)`.
+
+    Copies run on a stream of their own. When backward asks for one, the one saved before it, which is asked for next, is
+    already started on its way back. Not run on a GPU yet; on a device without streams the copies are plain ones.
+
+    Args:
+        device: where the tensors come from. pinned: see `Backend.pinned_memory`.
+    """
+
+    def __init__(self, device: torch.device, *, pinned: bool) -> None:
+        self._device, self._pinned = device, pinned
+        self._stream: Any = torch.Stream(device=device) if pinned else None
+        self._away: list[_Away] = []
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """One context; they may follow each other, as layers do."""
+        return torch.autograd.graph.saved_tensors_hooks(self._put_away, self._bring_back)
+
+    def _put_away(self, tensor: Tensor) -> Any:
+        if tensor.device != self._device or not tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        if self._stream is None:
+            host.copy_(tensor)
+            away = _Away(host, None)
+        else:
+            self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+            with self._stream:
+                host.copy_(tensor, non_blocking=True)
+                copied = self._stream.record_event()
+            tensor.record_stream(self._stream)
+            away = _Away(host, copied)
+        self._away.append(away)
+        return away
+
+    def _bring_back(self, kept: Any) -> Tensor:
+        if not isinstance(kept, _Away):
+            return kept
+        self._start(kept)
+        at = next((i for i, each in enumerate(self._away) if each is kept), None)
+        if at is not None:
+            del self._away[at:]  # backward goes from the last to the first: what came later is done with
+            if self._away:
+                self._start(self._away[-1])
+        back, kept.back = kept.back, None
+        assert back is not None
+        if self._stream is not None:
+            torch.accelerator.current_stream(self._device).wait_event(kept.copied)
+            back.record_stream(torch.accelerator.current_stream(self._device))
+        return back
+
+    def _start(self, away: _Away) -> None:
+        """Begin the copy back, if nobody has."""
+        if away.back is not None:
+            return
+        if self._stream is None:
+            away.back = away.host.to(self._device, copy=True)
+            return
+        with self._stream:  # behind the copy out, on the same stream
+            away.back = away.host.to(self._device, non_blocking=True)
+            away.copied = self._stream.record_event()
