@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -345,8 +346,11 @@ def _recipe(task: Task) -> dict[str, Any]:
 
 
 def _planned(path: Path) -> str:
+    """What the plan chose, in a few words; what is said of each layer is counted."""
     plan = json.loads(path.read_text("utf-8"))
-    return ", ".join(f"{choice}={plan.get(choice)}" for choice in ("dtype", "quantizer", "micro_tokens", "packing", "checkpointing"))
+    said = [f"{choice}={plan[choice]}" for choice in ("dtype", "quantizer", "micro_tokens", "packing", "checkpointing") if choice in plan]
+    layers = Counter(plan.get("levels", ()))
+    return ", ".join(said + [f"{count} layers {level}" for level, count in layers.items()])
 
 
 # The peers.
