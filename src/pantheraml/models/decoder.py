@@ -184,7 +184,8 @@ class Decoder:
         config, family, width = self._config, self._family, attend.head_dim
         if len(results) == 1:
             keys = config.num_key_value_heads * width
-            results = results[0].split([results[0].shape[1] - 2 * keys, keys, keys], -1)
+            *rotated, v = results[0].split([results[0].shape[1] - 2 * keys, keys, keys], -1)
+            results = (*rotated, v.contiguous())  # a view would keep all three until backward
         q, k, v = (each.unflatten(-1, (-1, width)) for each in results)
         if hasattr(attend, "q_norm"):
             q, k = self._normed(attend.q_norm, q), self._normed(attend.k_norm, k)

@@ -95,8 +95,9 @@ def fused_layer_bytes_per_token(shape: ModelShape, level: Level, *, compute_byte
         numbers, floats = numbers + q + k, floats + shape.heads + shape.kv_heads
     if shape.family in _FOUR_NORMS:
         numbers, floats = numbers + 2 * shape.hidden, floats + 2
-    if shape.family in _ONE_NORM:  # a plain norm of transformers in float32; no second one, and its result is kept
-        numbers, floats = numbers - (2 if level == "keep" else 0) * shape.hidden, floats - 2 + 2 * shape.hidden + 1
+    if shape.family in _ONE_NORM:  # transformers' own, which keeps float32, and its result; there is no second one
+        numbers -= (3 if level == "keep" else 1) * shape.hidden
+        floats += (3 if lora_rank is None else 2) * shape.hidden - 1
     return numbers * compute_bytes_each + 4 * floats
 
 
@@ -201,17 +202,17 @@ def _fused(
     kept = tokens * sum(map(layer, levels))
     # In a layer's backward: the gradient of what it gave and of the gate's product, then of gate and up, and the product again.
     working = tokens * (4 * inner + 2 * hidden)
-    again = [tokens * layer("cheap") + working for level in levels if level in RECOMPUTED and level != "tiled"]
+    again = [tokens * (layer("cheap") - hidden) + working for level in levels if level in RECOMPUTED and level != "tiled"]
     if "tiled" in levels:
-        again.append(tokens * (layer("cheap") - 2 * inner + 2 * hidden) + min(tokens, TILE_TOKENS) * (6 * inner + 2 * hidden))
-    # Each weight that trains is cast for its product and the cast forgotten.
-    cast = max((n_in * n_out for n_in, n_out in shape.linears), default=0) * each if rank is None and each < 4 else 0
+        again.append(tokens * (layer("cheap") - 2 * inner) + min(tokens, TILE_TOKENS) * (6 * inner + hidden))
+    # Each weight that trains is cast for its product and the cast forgotten, and so is its gradient.
+    cast = max((n_in * n_out for n_in, n_out in shape.linears), default=0) * 2 * each if rank is None and each < 4 else 0
     working = max(working if any(level not in RECOMPUTED for level in levels) else 0, *again, 0) + cast
-    # The head: what it is given and its gradient, and the logits of one chunk. It is over before backward begins.
+    # The head: what it is given and its gradient, and the logits of one chunk. It is over before a layer's backward begins.
     logits = min(tokens, loss_chunk(shape.vocab, each)) * shape.vocab * each
     logits += shape.vocab * shape.hidden * each if rank is None and each < 4 else 0
-    ends = tokens * (2 * hidden + 4 * shape.head_dim)
-    return kept + ends + max(0, working - logits), logits
+    angles = tokens * 4 * shape.head_dim
+    return kept + angles + max(tokens * 2 * hidden, working - logits), logits
 
 
 def _stock(
