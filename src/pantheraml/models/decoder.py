@@ -24,7 +24,7 @@ from pantheraml.kernels.gated import reference as gate
 from pantheraml.kernels.linear import Norm, Projection, gated_linear, linear, linears
 from pantheraml.kernels.rms_norm import rms_norm
 from pantheraml.kernels.rope import rope
-from pantheraml.models.head import causal_model
+from pantheraml.models.head import causal_model, output_head
 from pantheraml.models.lora import projection
 from pantheraml.planning.levels import Levels, format_levels, lower
 from pantheraml.planning.memory import TILE_TOKENS, Level
@@ -45,7 +45,8 @@ class Family:
         interleaved: which values of a head are rotated together.
         embedding, residual: names of factors in the configuration.
         softcap: attention's scores are bounded.
-        rotates: whether a layer of this type rotates at all.
+        windowed: every layer has the configuration's window; otherwise its attention says which it has.
+        rotates: whether a layer with this attention rotates at all.
     """
 
     before_mlp: str | None = "post_attention_layernorm"
@@ -59,7 +60,8 @@ class Family:
     embedding: str | None = None
     residual: str | None = None
     softcap: bool = False
-    rotates: Callable[[str | None], bool] = lambda _: True
+    windowed: bool = False
+    rotates: Callable[[Any], bool] = lambda _: True
 
 
 _FOUR_NORMS: dict[str, Any] = {
@@ -70,7 +72,7 @@ _FOUR_NORMS: dict[str, Any] = {
 }
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
+    "mistral": Family(windowed=True),
     "qwen2": Family(),
     "qwen3": Family(),
     "granite": Family(embedding="embedding_multiplier", residual="residual_multiplier"),
@@ -78,9 +80,24 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": Family(**_FOUR_NORMS, softcap=True),
     "gemma3_text": Family(**_FOUR_NORMS),
     "cohere": Family(before_mlp=None, plain_norm=True, interleaved=True),
-    "cohere2": Family(before_mlp=None, plain_norm=True, interleaved=True, rotates=lambda kind: kind == "sliding_attention"),
-    "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "cohere2": Family(before_mlp=None, plain_norm=True, interleaved=True, rotates=lambda attend: attend.sliding_window is not None),
+    "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",), windowed=True),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What of a layer is no tensor. Layers with the same facts are computed alike, whichever they are.
+
+    Attributes:
+        angles: its type, where types rotate by other angles. rotates: it does so at all.
+    """
+
+    activation: Activation
+    angles: str | None
+    rotates: bool
+    window: int | None
+    softcap: float | None
 
 
 class Decoder:
@@ -108,7 +125,7 @@ class Decoder:
         self.levels: Levels = tuple(levels or ("cheap",) * len(self._layers))
         self._allowed = tuple(allowed)
         self._in_host_memory = in_host_memory
-        self._activations = [_activation_of(layer.mlp) for layer in self._layers]
+        self._facts = [self._facts_of(i, layer) for i, layer in enumerate(self._layers)]
 
     def hidden(self, batch: MicroTensors) -> Tensor:
         """[labelled tokens, D], after the last norm, in the dtype of the products."""
@@ -128,7 +145,10 @@ class Decoder:
         return self._backbone.norm(x_ND) if norm is None else rms_norm(x_ND, norm.weight_I, eps=norm.eps, offset=norm.offset)
 
     def lower(self) -> str | None:
-        """Keep less from here on: one level down, and what that is; None: there is none below. The results are the same bits."""
+        """Keep less from here on: one level down, and what that is; None: there is none below.
+
+        The results are the same bits, but for `tiled`, whose products are of fewer rows and may be rounded otherwise.
+        """
         found = lower(self.levels, self._allowed)
         if found is None:
             return None
@@ -139,7 +159,9 @@ class Decoder:
         """One layer at its level."""
 
         def run(x: Tensor) -> Tensor:
-            return self._layer(i, layer, x, batch, angles, rows, keep=level == "keep", tile=TILE_TOKENS if level == "tiled" else None)
+            return self._layer(
+                self._facts[i], layer, x, batch, angles, rows, keep=level == "keep", tile=TILE_TOKENS if level == "tiled" else None
+            )
 
         if level in ("keep", "cheap") or not torch.is_grad_enabled():
             return run(x)
@@ -149,7 +171,16 @@ class Decoder:
         return checkpoint(run, x, use_reentrant=False)
 
     def _layer(
-        self, i: int, layer: Any, x_ND: Tensor, batch: MicroTensors, angles: Any, rows: Tensor | None, *, keep: bool, tile: int | None
+        self,
+        facts: _Facts,
+        layer: Any,
+        x_ND: Tensor,
+        batch: MicroTensors,
+        angles: Any,
+        rows: Tensor | None,
+        *,
+        keep: bool,
+        tile: int | None,
     ) -> Tensor:
         family, attend, mlp = self._family, layer.self_attn, layer.mlp
         factor = float(getattr(self._config, family.residual)) if family.residual else 1.0
@@ -158,7 +189,7 @@ class Decoder:
             inputs += [getattr(mlp, name) for name in family.gate_up]
         *results, x_ND = self._group(inputs, x_ND, layer.input_layernorm, keep)
         gate_up = results[len(family.qkv) :]
-        attended = self._attend(attend, results[: len(family.qkv)], batch, angles)
+        attended = self._attend(attend, results[: len(family.qkv)], batch, angles, facts)
         if rows is not None:
             attended, x_ND = attended.index_select(0, rows), x_ND.index_select(0, rows)
             gate_up = [each.index_select(0, rows) for each in gate_up]
@@ -172,14 +203,14 @@ class Decoder:
                 *widened, x_ND = self._group(modules, x_ND, getattr(layer, family.before_mlp), keep)
             gate, up = widened if len(widened) == 2 else widened[0].chunk(2, -1)
             after = None if family.after_mlp is None else getattr(layer, family.after_mlp)
-            return self._down(mlp.down_proj, gate, up, self._activations[i], x_ND, after, factor, keep)
+            return self._down(mlp.down_proj, gate, up, facts.activation, x_ND, after, factor, keep)
 
         if tile is None or family.before_mlp is None or not torch.is_grad_enabled():
             return rest(x_ND)
         # One piece of the tokens at a time, so that gate and up of all of them are never in memory at once.
         return torch.cat([checkpoint(rest, piece, use_reentrant=False) for piece in x_ND.split(tile)])
 
-    def _attend(self, attend: Any, results: Sequence[Tensor], batch: MicroTensors, angles: Any) -> Tensor:
+    def _attend(self, attend: Any, results: Sequence[Tensor], batch: MicroTensors, angles: Any, facts: _Facts) -> Tensor:
         """[N, H * W] from q, k and v as they come out of their layers."""
         config, family, width = self._config, self._family, attend.head_dim
         if len(results) == 1:
@@ -189,14 +220,10 @@ class Decoder:
         q, k, v = (each.unflatten(-1, (-1, width)) for each in results)
         if hasattr(attend, "q_norm"):
             q, k = self._normed(attend.q_norm, q), self._normed(attend.k_norm, k)
-        kind = getattr(config, "layer_types", None)
-        kind = None if kind is None else kind[attend.layer_idx]
-        if family.rotates(kind):
-            cos, sin = angles[kind] if isinstance(angles, dict) else angles
+        if facts.rotates:
+            cos, sin = angles[facts.angles]
             q, k = (rope(each, cos, sin, interleaved=family.interleaved) for each in (q, k))
-        window = attend.sliding_window if hasattr(attend, "sliding_window") else getattr(config, "sliding_window", None)
-        softcap = attend.attn_logit_softcapping if family.softcap else None
-        out = attention(q, k, v, batch.starts, batch.longest, scale=attend.scaling, window=window, softcap=softcap)
+        out = attention(q, k, v, batch.starts, batch.longest, scale=attend.scaling, window=facts.window, softcap=facts.softcap)
         return out.flatten(1)
 
     def _group(self, modules: Sequence[nn.Module], x: Tensor, norm: Any, keep: bool) -> tuple[Tensor, ...]:
@@ -247,15 +274,26 @@ class Decoder:
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
         return Norm(module.weight, float(eps), self._family.offset)
 
+    def _facts_of(self, i: int, layer: Any) -> _Facts:
+        family, attend = self._family, layer.self_attn
+        own_angles = any(hasattr(self._backbone.rotary_emb, f"{kind}_inv_freq") for kind in self._types())
+        return _Facts(
+            activation=_activation_of(layer.mlp),
+            angles=self._config.layer_types[i] if own_angles else None,
+            rotates=family.rotates(attend),
+            window=self._config.sliding_window if family.windowed else getattr(attend, "sliding_window", None),
+            softcap=attend.attn_logit_softcapping if family.softcap else None,
+        )
+
+    def _types(self) -> list[str]:
+        return sorted(set(getattr(self._config, "layer_types", None) or ()))
+
     @torch.no_grad()
-    def _angles(self, batch: MicroTensors) -> Any:
-        """(cos, sin), float32 [N, R] each, by the model's own rule; where layers have several rules, a dict of them by the layer's type."""
-        rotary, types = self._backbone.rotary_emb, sorted(set(getattr(self._config, "layer_types", None) or ()))
+    def _angles(self, batch: MicroTensors) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """(cos, sin), float32 [N, R] each, by the model's own rule: for each type of layers that has its own, or for None."""
+        rotary, own = self._backbone.rotary_emb, {facts.angles for facts in self._facts}
         wide = torch.empty(0, device=batch.input_ids.device)  # only its dtype and device are looked at
-        if any(hasattr(rotary, f"{kind}_inv_freq") for kind in types):
-            return {kind: self._once(rotary(wide, batch.position_ids, kind)) for kind in types}
-        angles = self._once(rotary(wide, batch.position_ids))
-        return dict.fromkeys(types, angles) if types else angles
+        return {kind: self._once(rotary(wide, batch.position_ids, *([] if kind is None else [kind]))) for kind in own}
 
     def _once(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """transformers gives each angle twice."""
@@ -280,9 +318,22 @@ def decodes(model: Any) -> str | None:
     backbone = getattr(causal, causal.base_model_prefix)
     if any(_activation_of(layer.mlp) is None for layer in backbone.layers):
         return "the gate of its MLP is not known to them"
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         return "its attention looks ahead"
+    parts = [backbone, backbone.rotary_emb, *(part for layer in backbone.layers for part in (layer, *layer.children()))]
+    own = next((part for part in parts if _is_other(part)), None)
+    if own is not None:
+        return f"its {type(own).__name__} is not the one of transformers"
+    if output_head(model) is None:
+        return "its output head is more than a matrix"
     return None
+
+
+def _is_other(part: nn.Module) -> bool:
+    """Whether a part of a layer may compute something else than its family does: code of the model's authors, or put there by hand."""
+    # A part that trains as a whole is a copy inside of PEFT's wrapper, which shows the copy's weights.
+    original = getattr(part, "original_module", part)
+    return not type(original).__module__.startswith(("transformers.models.", "torch.nn.")) or "forward" in vars(original)
 
 
 def _present(projections: Sequence[Projection | None]) -> list[Projection]:

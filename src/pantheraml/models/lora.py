@@ -31,10 +31,11 @@ def projection(layer: Any) -> Projection | None:
 
 def _held(layer: Any) -> tuple[Tensor | None, Tensor | None, Base | None] | None:
     """(weight, bias, base) of a layer without an adapter; None: it is no linear layer of a known form."""
-    if type(layer) is nn.Linear:
+    if type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor):  # some quantizers put another kind of tensor there
         return layer.weight, layer.bias, None
-    if hasattr(layer, "kernel_base"):
-        return None, layer.bias, layer.kernel_base()
+    base = getattr(layer, "kernel_base", None)
+    if base is not None:
+        return None, layer.bias, base()
     state = getattr(getattr(layer, "weight", None), "quant_state", None)  # of bitsandbytes, in four bits
     return None if state is None else (None, layer.bias, Nf4(layer.weight))
 
@@ -55,7 +56,7 @@ def plain_adapter(layer: Any) -> str | None:
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and name not in variants
         and layer.lora_B[name].bias is None
-        and not layer.fan_in_fan_out
+        and not getattr(layer, "fan_in_fan_out", False)
     )
     return name if plain else None
 
