@@ -335,8 +335,6 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
     from pantheraml.data.pack import pack_step
     from pantheraml.engines.torch_engine import TorchEngine
     from pantheraml.hardware.backend import open_backend
-    from pantheraml.kernels.table import kernel
-    from pantheraml.models.lora import fused_lora
     from pantheraml.trainer import loop
     from pantheraml.trainer.checkpoint import Checkpoints
     from pantheraml.trainer.run import survey
@@ -348,7 +346,7 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
     recipe, plan, backend = view.recipe, view.plan, open_backend("cpu")
     adapter = adapted(model)
     engine = TorchEngine(backend)
-    engine.prepare(adapter, sft_loss(adapter, kernel("linear_cross_entropy", "cpu")), recipe.optim, plan, seed=SEED)
+    engine.prepare(adapter, sft_loss(adapter), recipe.optim, plan, seed=SEED)
     source = view.data.source(batch_size=plan.batch_size, seed=SEED, epochs=1.0, steps=total)
     pad = view.tokenizer.pad_token_id
     assert isinstance(pad, int)
@@ -364,21 +362,20 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
         """Seconds for the steps from start to end."""
         watch = Watch(folder, Console(quiet=True), total=total, start=start, memory_bytes=lambda: 0)
         began = time.perf_counter()
-        with fused_lora(adapter, plan.device.kind):
-            loop.run(
-                engine,
-                source,
-                lambda examples: pack_step(
-                    examples, row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=True
-                ),
-                [],
-                rate,
-                loop.Rhythm(total=end, log=10, eval=None, save=None, early_stop=None, keep_best=False),
-                loop.Position(step=start),
-                Unsaved(folder / "checkpoints", fingerprint="", keep=1),
-                watch,
-                loop.Stop(),
-            )
+        loop.run(
+            engine,
+            source,
+            lambda examples: pack_step(
+                examples, row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=True
+            ),
+            [],
+            rate,
+            loop.Rhythm(total=end, log=10, eval=None, save=None, early_stop=None, keep_best=False),
+            loop.Position(step=start),
+            Unsaved(folder / "checkpoints", fingerprint="", keep=1),
+            watch,
+            loop.Stop(),
+        )
         took = time.perf_counter() - began
         watch.close()
         return took

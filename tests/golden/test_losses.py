@@ -21,6 +21,7 @@ TOLERANCE = 1e-3
 
 CURVES = {
     "llama-lora": {"model": "tiny:llama", "adapter": {"kind": "lora", "rank": 8, "dropout": 0.1}, "optim": {"lr": 5e-3}},
+    "mistral-lora": {"model": "tiny:mistral", "adapter": {"kind": "lora", "rank": 8}, "optim": {"lr": 5e-3}},
     "qwen3-full": {"model": "tiny:qwen3", "adapter": "full", "optim": {"lr": 1e-3, "weight_decay": 0.1}},
 }
 

@@ -5,6 +5,7 @@ Letters: N tokens of all examples, S examples, H query heads, K key heads (H / K
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def reference_backward(
 
 def _examples(starts_S: Tensor) -> list[tuple[int, int]]:
     starts = starts_S.tolist()
-    return [(start, end) for start, end in zip(starts[:-1], starts[1:], strict=True) if end > start]
+    return [(start, end) for start, end in pairwise(starts) if end > start]
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:

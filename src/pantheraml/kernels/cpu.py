@@ -70,10 +70,10 @@ def gated_backward(da: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
     if kernels is None:
         return _gated.reference_backward(da, gate, up, activation)
     da, gate, up = _rows(da), _rows(gate), _rows(up)
-    out = tuple(torch.empty(gate.shape, dtype=gate.dtype) for _ in range(3))
+    dgate, dup, out = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(3))
     given = (da, da.stride(0), gate, gate.stride(0), up, up.stride(0))
-    _call(kernels, f"gated_backward_{letter}", *given, *out, *gate.shape, _ACTIVATIONS[activation])
-    return out
+    _call(kernels, f"gated_backward_{letter}", *given, dgate, dup, out, *gate.shape, _ACTIVATIONS[activation])
+    return dgate, dup, out
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
@@ -134,11 +134,11 @@ def attention_backward(
     if kernels is None:
         return _attention.reference_backward(dout, q, k, v, out, lse, starts, longest, scale, window, softcap)
     dout, q, k, v, out = map(_heads, (dout, q, k, v, out))
-    made = tuple(torch.empty(each.shape, dtype=each.dtype) for each in (q, k, v))
+    dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype) for each in (q, k, v))
     steps = _steps(dout, q, k, v, out)
-    given = (dout, q, k, v, out, steps, lse, *made, starts, len(starts) - 1)
+    given = (dout, q, k, v, out, steps, lse, dq, dk, dv, starts, len(starts) - 1)
     _call(kernels, f"attention_backward_{letter}", *given, *_sizes(q, k, window, scale, softcap))
-    return made
+    return dq, dk, dv
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,9 +127,9 @@ def choose_micro_tokens(
     def fits(tokens: int, levels: Levels) -> bool:
         return estimate(tokens, levels).total_bytes <= budget
 
-    light = [rung for rung in rungs if rung not in RECOMPUTED]
-    tries = [(tokens, rung) for tokens in sizes for rung in light]
-    tries += [(sizes[-1], rung) for rung in rungs if rung in RECOMPUTED]
+    light: list[Level] = [rung for rung in rungs if rung not in RECOMPUTED]
+    heavy: list[Level] = [rung for rung in rungs if rung in RECOMPUTED]
+    tries: tuple[tuple[int, Level], ...] = (*((tokens, rung) for tokens in sizes for rung in light), *((sizes[-1], rung) for rung in heavy))
     for tokens, rung in tries:
         if fits(tokens, (rung,) * layers):
             above = rungs[: rungs.index(rung)]

@@ -172,7 +172,7 @@ def estimate_memory(
 
     Not counted: experts of a mixture beyond `intermediate`, states of state-space layers, soft-capped attention scores.
     """
-    full, low = lora_rank is None, compute_bytes_each < 4
+    full = lora_rank is None
     frozen = shape.parameters - trainable_parameters if full else shape.parameters
     weights = int(frozen * base_bytes_each) + trainable_parameters * train_bytes_each
     held = _fused if fused else _stock

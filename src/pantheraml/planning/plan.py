@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,6 +12,7 @@ from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
+from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
@@ -19,25 +20,9 @@ from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, Memor
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import LoRA, Recipe
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-
 USUAL_TOKENS = 2048
 PACKED_ROW_EXAMPLES = 4
 """A packed row holds about so many of the longest examples: the unfilled rest is small, attention still short."""
-_BYTES_EACH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_NF4_BYTES_EACH = 0.5 + 4 / 64  # four bits, and a float32 scale for each 64 weights
-_EIGHT_BIT_BYTES_EACH = 2  # one byte for each direction of the product
-_QUANTIZERS = {
-    "nf4": (
-        "load_in_4bit",
-        "4 bits",
-        "NF4 needs bitsandbytes with support for this device, which is not here",
-        "pip install bitsandbytes, or ",
-    ),
-    "int8": ("load_in_8bit", "8-bit whole numbers", "it has no fast products of eight-bit whole numbers (on a CPU: AVX-512 VNNI, AVX VNNI or AMX)", ""),
-    "fp8": ("load_in_fp8", "8-bit floats", "eight-bit floats need an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper)", ""),
-}
-"""Quantizer -> its field in the recipe, its form, what a device lacks without it, and the start of the fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +139,7 @@ def make_plan(
     dtype, reasons["dtype"] = _dtype(recipe, device)
     quantizer = quantizer_of(recipe, device, quantizers)
     base_dtype: Dtype = dtype if lora else "float32"
-    reasons["base_dtype"] = _base_reason(quantizer, lora is not None)
+    reasons["base_dtype"] = base_reason(quantizer, lora is not None)
     chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention)
     threads, reasons["threads"] = _threads(recipe, available_threads)
     max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
@@ -256,50 +241,6 @@ def _dtype(recipe: Recipe, device: Device) -> tuple[Dtype, str]:
         why="it offers " + (", ".join(device.dtypes) or "no dtype at all"),
         fix="choose another device with hardware.kind",
     )
-
-
-def quantizer_of(recipe: Recipe, device: Device, quantizers: tuple[str, ...]) -> str | None:
-    """How the frozen base is held; None: in the dtype of the products. Raises: DeviceError if the device cannot."""
-    asked = asked_quantizer(recipe)
-    if asked is None:
-        return None
-    field, form, missing, fix = _QUANTIZERS[asked]
-    if asked not in quantizers or (asked == "fp8" and not _multiplies_fp8(device)):
-        raise DeviceError(
-            f"model.{field}=true, but {device} ({device.label}) cannot hold a base in {form}",
-            why=missing,
-            fix=f"{fix}set model.{field} to false",
-        )
-    return asked
-
-
-def _multiplies_fp8(device: Device) -> bool:
-    """NVIDIA GPUs do from compute capability 8.9 on (Ada, then Hopper); AMD's of 9.4 have another format of the same name."""
-    major, _, minor = (device.capability or "").partition(".")
-    return device.capability is None or (major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (8, 9))
-
-
-def asked_quantizer(recipe: Recipe) -> str | None:
-    """How the recipe wants the frozen base to be held; None: in the dtype of the products."""
-    return next((name for name, (field, *_) in _QUANTIZERS.items() if getattr(recipe.model, field)), None)
-
-
-def _base_reason(quantizer: str | None, lora: bool) -> str:
-    if quantizer == "nf4":
-        return "the recipe asks for 4 bits; products are computed in dtype"
-    if quantizer:
-        return "the recipe asks for 8 bits; products with the base are computed in them, all others in dtype"
-    return "frozen, so the dtype of the arithmetic is enough" if lora else "every weight trains: small updates need float32"
-
-
-def _base_bytes_each(shape: ModelShape, base_dtype: Dtype, quantizer: str | None) -> float:
-    if quantizer is None:
-        return _BYTES_EACH[base_dtype]
-    linears = sum(n_in * n_out for n_in, n_out in shape.linears)  # embeddings and norms stay as they are
-    return (
-        linears * (_NF4_BYTES_EACH if quantizer == "nf4" else _EIGHT_BIT_BYTES_EACH)
-        + (shape.parameters - linears) * _BYTES_EACH[base_dtype]
-    ) / shape.parameters
 
 
 def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers: tuple[str, ...]) -> tuple[str, str]:
@@ -417,13 +358,13 @@ def _memory(
     return estimate_memory(
         shape,
         trainable_parameters=shape.lora_parameters(rank) if rank else shape.parameters,
-        base_bytes_each=_base_bytes_each(shape, dtype, asked_quantizer(recipe)) if rank else 4,
+        base_bytes_each=base_bytes_each(shape, dtype, asked_quantizer(recipe)) if rank else 4,
         micro_tokens=micro_tokens,
         row_tokens=row_tokens,
         levels=levels,
         fused=fused(recipe, shape),
         attention=attention,
-        compute_bytes_each=_BYTES_EACH[dtype],
+        compute_bytes_each=BYTES_EACH[dtype],
         lora_rank=rank,
         optimizer_bytes_each=OPTIMIZER_BYTES[recipe.optim.states],
     )

@@ -11,6 +11,7 @@ train(recipe)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,7 +250,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        with monitor, fused_lora(model):
+        with monitor, by_kernels(model, decoder):
             position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
         watch.close()
@@ -267,7 +268,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         except Damaged as error:
             notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
             console.print(notes[-1], markup=False)
-    with fused_lora(model):
+    with by_kernels(model, decoder):
         final = engine.evaluate(held_out) if held_out else None
     notes += recovery.said
     samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
@@ -304,6 +305,11 @@ def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Deco
     allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=True)
     away = HostMemory(backend.torch_device(plan.device.index), pinned=backend.pinned_memory) if "offload" in allowed else None
     return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away)
+
+
+def by_kernels(model: Any, decoder: Decoder | None) -> AbstractContextManager[object]:
+    """Where the model keeps its own forward, its adapted layers at least are computed by the kernels."""
+    return fused_lora(model) if decoder is None else nullcontext()
 
 
 def slower_than_could_be(model: Any) -> list[str]:
