@@ -39,7 +39,8 @@ class Fp8:
 
     def forward(self, prepared: Any) -> Tensor:
         """See `Base.forward`."""
-        return _product(*prepared, *self._forward)
+        rows, scale, dtype = prepared
+        return _product(rows, scale, dtype, *self._forward)
 
     def backward(self, grad_NO: Tensor) -> Tensor:
         """See `Base.backward`."""
@@ -49,6 +50,10 @@ class Fp8:
         """The matrix that forward multiplies by, float32 [O, I]."""
         q, scale = self._forward
         return q.float() * scale
+
+    def __deepcopy__(self, memo: Any) -> Fp8:
+        """Itself: nothing changes it."""
+        return self
 
 
 def unfit(weight_OI: Tensor) -> str | None:
@@ -68,5 +73,6 @@ def _product(rows_NI: Tensor, scale_N1: Tensor, dtype: torch.dtype, q_OI: Tensor
     if not len(rows_NI):  # torch 2.13 would not take their scales
         return rows_NI.new_empty(0, len(q_OI), dtype=dtype)
     # bfloat16 is the only result that every GPU has with a scale a row; what it rounds is a tenth of what eight bits did.
-    y = torch._scaled_mm(rows_NI, q_OI.T, scale_a=scale_N1, scale_b=scale_O1.T.contiguous(), out_dtype=torch.bfloat16)
+    scales: Any = {"scale_a": scale_N1, "scale_b": scale_O1.T.contiguous()}
+    y = torch._scaled_mm(rows_NI, q_OI.T, **scales, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
     return y.to(dtype)

@@ -16,6 +16,7 @@ from pantheraml.kernels.table import EIGHT_BIT_PRODUCTS, load
 _MULTIPLE, _ROWS = 8, 32
 """Of the product of a GPU: inputs and outputs come in multiples of so many, and there are at least so many rows."""
 
+
 class Int8:
     """A `Base` (linear.py): weight is about q * scale, one scale for each output, and once more turned, one for each input.
 
@@ -51,6 +52,10 @@ class Int8:
         """The matrix that forward multiplies by, float32 [O, I]."""
         return self._forward.q.float() * self._forward.scale[:, None]
 
+    def __deepcopy__(self, memo: Any) -> Int8:
+        """Itself: nothing changes it, and oneDNN's layout has no copy."""
+        return self
+
 
 def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale): int8 [O, I] and float32 [O], the largest of each row being 127."""
@@ -85,8 +90,8 @@ class Product:
         """[N, O]."""
         q, scale_N1 = rows
         padded = pad(q, (0, -self._inputs % _MULTIPLE, 0, max(0, _ROWS - len(q))))
-        y = torch._int_mm(padded.contiguous(), self._padded.T)[: len(q), : self._outputs]
-        return (y * scale_N1).mul_(self.scale).to(dtype)
+        y = torch._int_mm(padded.contiguous(), self._padded.T)  # pyright: ignore[reportPrivateImportUsage]
+        return (y[: len(q), : self._outputs] * scale_N1).mul_(self.scale).to(dtype)
 
 
 class PackedProduct:

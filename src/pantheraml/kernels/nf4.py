@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -35,4 +36,8 @@ class Nf4:
         """[O, I], in the dtype that the weights had."""
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self._weight.data, self._weight.quant_state)
+        # As one long row: blocks of 64 were taken along it, but a CPU would read them as if each row of the matrix began anew
+        # (bitsandbytes 0.50), which is another matrix where I is no multiple of 64.
+        state = copy(self._weight.quant_state)
+        shape, state.shape = state.shape, torch.Size((state.shape.numel(),))
+        return dequantize_4bit(self._weight.data, state).view(shape)

@@ -145,6 +145,12 @@ def load_model(
 
     extra = {} if attention is None else {"attn_implementation": attention}
     if spec.name.startswith(PREFIX):
+        if quantization is not None:
+            raise RecipeError(
+                f"{spec.name} cannot be loaded in 4 bits",
+                why="it is made here, and bitsandbytes rounds weights while they are read from a folder",
+                fix='train it with pantheraml.train("tiny:...", rows, model__load_in_4bit=True), which writes it into one first',
+            )
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(tiny_config(family_of(spec.name)), dtype=torch.float32, **extra)

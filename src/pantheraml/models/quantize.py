@@ -12,6 +12,7 @@ from pantheraml.errors import MissingExtra, PantheraError, RecipeError
 from pantheraml.kernels.fp8 import Fp8, unfit
 from pantheraml.kernels.int8 import Int8
 from pantheraml.kernels.linear import Base, Projection, linear
+from pantheraml.kernels.nf4 import Nf4
 from pantheraml.models.lora import product_dtype
 
 if TYPE_CHECKING:
@@ -48,11 +49,23 @@ def keep_format(model: Any) -> None:
     """bitsandbytes shall leave four-bit weights in the format that training reads.
 
     Its layers on a CPU lay them out anew in the first evaluation, for a product of their own, which (0.50) also fails for
-    matrices whose inputs are no multiple of 64.
+    matrices whose inputs are no multiple of 64. Those it reads wrongly as well, so they are made whole here: as rounded, in two bytes.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
+            state = getattr(getattr(layer, "weight", None), "quant_state", None)
+            if state is not None and layer.weight.device.type == "cpu" and layer.in_features % state.blocksize:
+                setattr(parent, name, _plain(layer, Nf4(layer.weight).dense(), model.dtype))
+
+
+def _plain(layer: Any, matrix: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A frozen linear layer of a matrix, with the bias of the layer whose place it takes."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(matrix.to(dtype), requires_grad=False)
+    plain.bias = layer.bias
+    return plain
 
 
 class WeightAbsent(PantheraError, AttributeError):
@@ -123,11 +136,7 @@ def to_matrices(model: Any) -> int:
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, EightBitLinear):
                 continue
-            matrix = layer.matrix()
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(matrix.to(dtype), requires_grad=False)
-            plain.bias = layer.bias
-            setattr(parent, name, plain)
+            setattr(parent, name, _plain(layer, layer.matrix(), dtype))
             done += 1
     return done
 
