@@ -168,8 +168,8 @@ class FastLanguageModel:
         from pantheraml.hardware.device import parse_device
         from pantheraml.hardware.find import find
         from pantheraml.models.load import load_model, load_tokenizer
-        from pantheraml.models.quantize import NF4, available, quantization
-        from pantheraml.planning.plan import quantizer_of
+        from pantheraml.models.quantize import available, quantization
+        from pantheraml.planning.base import quantizer_of
         from pantheraml.recipe.types import HardwareAsk
 
         kind, index = parse_device(device)
@@ -184,19 +184,20 @@ class FastLanguageModel:
                 why=f"it trains well in {', '.join(chosen.dtypes)}",
                 fix=f"pass dtype=None, or one of {', '.join(chosen.dtypes)}",
             )
-        bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_fp8": load_in_fp8}
         # Through the recipe and the plan, which say what does not go together, and what this device cannot.
-        quantizer_of(recipe_from({"model": {"name": model_name, **bits}, "data": "checked"}), chosen, available(backend.quantizers))
+        bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_fp8": load_in_fp8}
+        checked = recipe_from({"model": {"name": model_name, **bits}, "data": "checked"})
+        quantizer = quantizer_of(checked, chosen, available(backend.quantizers))
         spec = ModelSpec(name=model_name, revision=revision, trust_remote_code=trust_remote_code)
         model = load_model(
             spec,
             dtype=arithmetic,
             device=backend.torch_device(chosen.index),
             attention=attn_implementation,
-            quantization=quantization(NF4 if load_in_4bit else None, arithmetic),
+            quantization=quantization(quantizer, arithmetic),
             seed=seed,
         )
-        _note(model, _Origin(spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, **bits))
+        _note(model, _Origin(spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, quantizer=quantizer))
         return _with_savers(model), load_tokenizer(spec)
 
     @staticmethod
@@ -236,8 +237,8 @@ class FastLanguageModel:
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             adapted.enable_input_require_grads()
         origin = _origin(model)
-        if origin.load_in_8bit or origin.load_in_fp8:
-            to_eight_bits(adapted, "int8" if origin.load_in_8bit else "fp8")
+        if origin.quantizer == "int8" or origin.quantizer == "fp8":
+            to_eight_bits(adapted, origin.quantizer)
         _note(adapted, replace(origin, adapter=spec))
         return _with_savers(adapted)
 
@@ -265,9 +266,7 @@ class _Origin:
     max_tokens: int | None = None
     dtype: str = "float32"
     device: str = "auto"
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    load_in_fp8: bool = False
+    quantizer: str | None = None
     adapter: LoRA | None = None
 
 
@@ -415,6 +414,7 @@ class Trainer:
     def train(self, resume_from_checkpoint: bool = False) -> Run:
         """Train in place, and return the run. With `resume_from_checkpoint`, go on from its newest sound checkpoint."""
         from pantheraml.hardware.backend import open_backend
+        from pantheraml.models.quantize import to_eight_bits
         from pantheraml.trainer.folder import PLAN, open_folder, write_json
         from pantheraml.trainer.run import default_console, stored_plan
 
@@ -430,6 +430,8 @@ class Trainer:
                 tokenizer=self.tokenizer,
             )
             planned = stored_plan(folder, view.plan, recipe, console) if resume_from_checkpoint else view.plan
+            if planned.quantizer == "int8" or planned.quantizer == "fp8":
+                to_eight_bits(self.model, planned.quantizer)  # which get_peft_model has done, unless PEFT made the adapter
             planned = isolated(self.model, planned, recipe, console)
             backend = open_backend(planned.device.kind)
             backend.set_threads(planned.threads)
@@ -473,7 +475,7 @@ class Trainer:
                 "revision": origin.spec.revision,
                 "trust_remote_code": origin.spec.trust_remote_code,
                 "dtype": origin.dtype,
-                **{bits: True for bits in ("load_in_4bit", "load_in_8bit", "load_in_fp8") if getattr(origin, bits)},
+                **({_BITS[origin.quantizer]: True} if origin.quantizer else {}),
                 **({"max_tokens": length} if length else {}),
             },
             "data": {
@@ -515,6 +517,8 @@ class Trainer:
         return recipe_from(said)
 
 
+_BITS = {"nf4": "load_in_4bit", "int8": "load_in_8bit", "fp8": "load_in_fp8"}
+"""How the base is held -> the field of a recipe that asks for it."""
 _ADAMW = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused"), "float32"),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "8bit"),
