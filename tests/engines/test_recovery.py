@@ -20,6 +20,9 @@ from pantheraml.hardware.backend import open_backend
 from pantheraml.hardware.device import Absent
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.adapters import attach
+from pantheraml.models.decoder import Decoder
+from pantheraml.planning.levels import Levels
+from pantheraml.planning.memory import Level
 from pantheraml.recipe.types import LoRA, OptimSpec
 from pantheraml.trainer.sft import sft_loss
 
@@ -289,3 +292,39 @@ def test_a_gpu_that_refuses_goes_on_in_smaller_parts(kind: str, where: str, smal
     assert (recovery.history[0].free_before_bytes or 0) > 0 and (recovery.history[0].free_after_bytes or 0) > 0
     # float32, sums in another order, and on a GPU with other kernels for other shapes.
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+class GreedyAt(Greedy):
+    """The loss of `model` at the levels of its decoder; asks for more than there is while a layer keeps what `refused` names."""
+
+    def __init__(self, model: Any, levels: Levels, refused: set[Level]) -> None:
+        super().__init__(model, most=99)
+        self.decoder = Decoder(model, levels, allowed=("keep", "cheap", "all", "tiled"))
+        self._loss, self._refused = sft_loss(model, self.decoder), refused
+        self.seen: list[Levels] = []
+
+    def __call__(self, model: Any, batch: MicroTensors) -> torch.Tensor:
+        self.seen.append(self.decoder.levels)
+        self._first, self._most = 1, -1 if self._refused & set(self.decoder.levels) else 99
+        return super().__call__(model, batch)
+
+
+def test_layers_keep_less_before_rows_are_divided_and_no_bit_changes(small: Any, plan_of: Any, examples: list[Example]) -> None:
+    ends = []
+    for refused in (set[Level](), {"keep", "cheap"}):
+        model = small()
+        loss = GreedyAt(model, ("cheap", "keep"), refused)
+        said: list[str] = []
+        recovery = Recovery({"out of memory": 6}, announce=said.append)
+        engine = TorchEngine(FakeBackend("cpu"), recovery)
+        engine.prepare(model, loss, OptimSpec(), plan_of(model), seed=1, relief=loss.decoder.lower)
+        engine.rehearse(of_eight(examples))
+        assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+        values = engine.read([engine.step(of_eight(examples), k, 1e-2) for k in range(2)])
+        ends.append((state(engine), values, loss.decoder.levels, said, recovery.parts))
+    (plain, wanted, _, silent, _), (lowered, found, levels, said, parts) = ends
+    assert torch.equal(plain, lowered) and wanted == found
+    assert silent == [] and levels == ("all", "all") and parts == 1
+    # Before the first step, at the largest shape: one level down, and another.
+    assert len(said) == 2 and said[0].startswith("Out of memory in a rehearsal at the largest shape")
+    assert "from here on with layers at 2 cheap" in said[0] and "from here on with layers at 2 all" in said[1]

@@ -348,3 +348,38 @@ def test_a_device_that_is_none_is_refused_before_the_work():
 def test_importing_it_imports_no_torch():
     code = "import sys, pantheraml.hardware.recovery; print('torch' in sys.modules, 'jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
+
+
+def test_relief_is_asked_before_anything_is_divided():
+    """Work of four rows that holds as much as three rows more, until it is told twice to hold less."""
+    held, said = 3, []
+
+    def relief() -> str | None:
+        nonlocal held
+        if held == 1:
+            return None
+        held -= 1
+        return f"holding {held}"
+
+    recovery = Recovery({"out of memory": 6}, announce=said.append)
+    tried = []
+    for attempt in recovery.attempts("step 1", halvings(4), relief=relief):
+        with attempt:
+            tried.append((attempt.parts, held))
+            needs(4 // attempt.parts + held - 1)
+    assert tried == [(1, 3), (1, 2), (1, 1), (2, 1), (4, 1)]
+    assert [("holding" in line, "in 2 parts" in line or "in 4 parts" in line) for line in said] == [
+        (True, False),
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+    assert "it is taken again, from here on holding 2; the result stays the same" in said[0]
+    assert recovery.parts == 4 and recovery.history[0].relief == "holding 2"
+
+
+def test_relief_is_not_asked_where_nothing_is_to_be_tried_again():
+    with pytest.raises(RuntimeError):
+        for attempt in Recovery().attempts("step 1", (1,), relief=lambda: pytest.fail("asked")):
+            with attempt:
+                refused()
