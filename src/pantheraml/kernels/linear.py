@@ -75,6 +75,7 @@ class _Spec:
     factor: float
     keep: bool
     through: bool
+    unread: bool
 
 
 def linears(
@@ -109,9 +110,15 @@ def gated_linear(
     residual_NO: Tensor | None = None,
     factor: float = 1.0,
     keep: bool = False,
+    unread: bool = False,
 ) -> Tensor:
-    """residual + factor * projection(act(gate) * up); the product is computed again in backward, unless it is to be kept."""
-    spec = _spec([projection], activation=activation, factor=factor, keep=keep)
+    """residual + factor * projection(act(gate) * up); the product is computed again in backward, unless it is to be kept.
+
+    Args:
+        unread: the residual is given, and of the result nothing is looked at but its shape; for a layer that is computed
+            again only for what it keeps.
+    """
+    spec = _spec([projection], activation=activation, factor=factor, keep=keep, unread=unread)
     result: tuple[Tensor, ...] = _Linears.apply(spec, gate_NI, up_NI, None, residual_NO, *_tensors([projection]))
     return result[0]
 
@@ -124,6 +131,7 @@ def _spec(
     factor: float = 1.0,
     keep: bool = False,
     through: bool = False,
+    unread: bool = False,
 ) -> _Spec:
     return _Spec(
         bases=tuple(each.base for each in projections),
@@ -134,6 +142,7 @@ def _spec(
         factor=factor,
         keep=keep,
         through=through,
+        unread=unread,
     )
 
 
@@ -154,6 +163,9 @@ class _Linears(torch.autograd.Function):
             low = _low(h, downs)
             results, prepared, column = [], None, 0
             for base, weight, bias, a, b, scale in zip(spec.bases, weights, biases, downs, ups, spec.scales, strict=True):
+                if spec.unread and residual is not None:
+                    results.append(torch.empty_like(residual))
+                    continue
                 if base is not None and prepared is None:
                     prepared = base.prepare(h)
                 y = _product(h, prepared, base, weight, bias, residual, spec.factor)

@@ -10,7 +10,7 @@ Letters: N tokens, D hidden, H heads, K key heads, W width of a head, R pairs th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,17 +158,14 @@ class Decoder:
     def _at(self, level: Level, i: int, layer: Any, x: Tensor, batch: MicroTensors, angles: Any, rows: Tensor | None) -> Tensor:
         """One layer at its level."""
 
-        def run(x: Tensor) -> Tensor:
-            return self._layer(
-                self._facts[i], layer, x, batch, angles, rows, keep=level == "keep", tile=TILE_TOKENS if level == "tiled" else None
-            )
+        def run(x: Tensor, again: bool) -> Tensor:
+            tile = TILE_TOKENS if level == "tiled" else None
+            return self._layer(self._facts[i], layer, x, batch, angles, rows, keep=level == "keep", tile=tile, again=again)
 
         if level in ("keep", "cheap") or not torch.is_grad_enabled():
-            return run(x)
-        if level == "offload" and self._in_host_memory is not None:
-            with self._in_host_memory():
-                return checkpoint(run, x, use_reentrant=False)
-        return checkpoint(run, x, use_reentrant=False)
+            return run(x, False)
+        with self._in_host_memory() if level == "offload" and self._in_host_memory is not None else nullcontext():
+            return _twice(run, x)
 
     def _layer(
         self,
@@ -181,7 +178,9 @@ class Decoder:
         *,
         keep: bool,
         tile: int | None,
+        again: bool,
     ) -> Tensor:
+        """A layer. again: it is computed a second time, for what it keeps, and its result is not read."""
         family, attend, mlp = self._family, layer.self_attn, layer.mlp
         factor = float(getattr(self._config, family.residual)) if family.residual else 1.0
         inputs = [getattr(attend, name) for name in family.qkv]
@@ -196,19 +195,20 @@ class Decoder:
         after = None if family.after_attention is None else getattr(layer, family.after_attention)
         x_ND = self._back(attend.o_proj, attended, x_ND, after, factor)
 
-        def rest(x_ND: Tensor) -> Tensor:
+        def rest(x_ND: Tensor, again: bool) -> Tensor:
             widened = gate_up
             if family.before_mlp is not None:
                 modules = [getattr(mlp, name) for name in family.gate_up]
                 *widened, x_ND = self._group(modules, x_ND, getattr(layer, family.before_mlp), keep)
             gate, up = widened if len(widened) == 2 else widened[0].chunk(2, -1)
             after = None if family.after_mlp is None else getattr(layer, family.after_mlp)
-            return self._down(mlp.down_proj, gate, up, facts.activation, x_ND, after, factor, keep)
+            return self._down(mlp.down_proj, gate, up, facts.activation, x_ND, after, factor, keep, again)
 
         if tile is None or family.before_mlp is None or not torch.is_grad_enabled():
-            return rest(x_ND)
+            return rest(x_ND, again)
         # One piece of the tokens at a time, so that gate and up of all of them are never in memory at once.
-        return torch.cat([checkpoint(rest, piece, use_reentrant=False) for piece in x_ND.split(tile)])
+        # When the layer is computed again, a piece is only kept: it is computed when its own turn comes.
+        return torch.cat([_twice(lambda x, second: x if again else rest(x, second), piece) for piece in x_ND.split(tile)])
 
     def _attend(self, attend: Any, results: Sequence[Tensor], batch: MicroTensors, angles: Any, facts: _Facts) -> Tensor:
         """[N, H * W] from q, k and v as they come out of their layers."""
@@ -246,12 +246,21 @@ class Decoder:
         return self._added(x, module(y).to(x.dtype) if plain is None else linear(y, plain), after, factor)
 
     def _down(
-        self, module: nn.Module, gate_NF: Tensor, up_NF: Tensor, activation: Activation, x: Tensor, after: Any, factor: float, keep: bool
+        self,
+        module: nn.Module,
+        gate_NF: Tensor,
+        up_NF: Tensor,
+        activation: Activation,
+        x: Tensor,
+        after: Any,
+        factor: float,
+        keep: bool,
+        again: bool,
     ) -> Tensor:
         """x + factor * after(module(act(gate) * up))."""
         plain = projection(module)
         if plain is not None and after is None:
-            return gated_linear(gate_NF, up_NF, activation, plain, residual_NO=x, factor=factor, keep=keep)
+            return gated_linear(gate_NF, up_NF, activation, plain, residual_NO=x, factor=factor, keep=keep, unread=again)
         if plain is not None:
             return self._added(x, gated_linear(gate_NF, up_NF, activation, plain, keep=keep), after, factor)
         return self._added(x, module(gated(gate_NF, up_NF, activation)).to(x.dtype), after, factor)
@@ -334,6 +343,18 @@ def _is_other(part: nn.Module) -> bool:
     # A part that trains as a whole is a copy inside of PEFT's wrapper, which shows the copy's weights.
     original = getattr(part, "original_module", part)
     return not type(original).__module__.startswith(("transformers.models.", "torch.nn.")) or "forward" in vars(original)
+
+
+def _twice(compute: Callable[[Tensor, bool], Tensor], x: Tensor) -> Tensor:
+    """compute(x, False), of which backward keeps x alone; it calls compute(x, True) for what else it needs, and does not read the result."""
+    calls = 0
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return compute(x, calls > 1)
+
+    return checkpoint(run, x, use_reentrant=False)
 
 
 def _present(projections: Sequence[Projection | None]) -> list[Projection]:

@@ -19,7 +19,7 @@ SAID: dict[Level, str] = {
     "keep": "everything that backward needs is kept",
     "cheap": "norms and gates are computed again in backward, which costs nearly nothing",
     "all": "each layer is computed again in backward, which costs about a third more time",
-    "tiled": "each layer is computed again in backward, its MLP a piece at a time, which costs about half as much time again",
+    "tiled": "each layer is computed again in backward, its MLP a piece at a time, which costs about a third more time",
     "offload": "each layer's input waits in ordinary memory, and the layer is computed again in backward",
 }
 
