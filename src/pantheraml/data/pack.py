@@ -6,8 +6,9 @@ with each of them, and no label reaches from one into the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,6 +79,28 @@ def segments(position_ids: np.ndarray) -> tuple[np.ndarray, int]:
 def labelled_tokens(labels: np.ndarray) -> np.ndarray:
     """Which of the B*T tokens, one row after the other, have a label that is not -100: int64, rising."""
     return np.flatnonzero(labels.ravel() != IGNORED).astype(np.int64)
+
+
+def pieces(micro: MicroBatch) -> int:
+    """Into how many parts a micro-batch can be divided: its rows, or the examples of the only one."""
+    return len(micro.input_ids) if len(micro.input_ids) > 1 else len(micro.starts) - 1
+
+
+def divided(micro: MicroBatch, parts: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(input_ids, position_ids, labels) of at most `parts` pieces of about the same size; an example is never cut."""
+    arrays = (micro.input_ids, micro.position_ids, micro.labels)
+    rows, tokens = micro.input_ids.shape
+    if rows > 1:
+        at_once = -(-rows // parts)
+        for start in range(0, rows, at_once):
+            ids, positions, labels = (array[start : start + at_once] for array in arrays)
+            yield ids, positions, labels
+        return
+    wanted = tokens * np.arange(1, parts) / parts
+    nearest = {int(micro.starts[np.abs(micro.starts - at).argmin()]) for at in wanted}
+    for start, end in pairwise(sorted({0, tokens} | nearest)):
+        ids, positions, labels = (array[:, start:end] for array in arrays)
+        yield ids, positions, labels
 
 
 def pack_step(

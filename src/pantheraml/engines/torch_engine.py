@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pantheraml.data.pack import MicroBatch, StepBatch, labelled_tokens, segments
+from pantheraml.data.pack import MicroBatch, StepBatch, divided, labelled_tokens, pieces, segments
 from pantheraml.engines.adamw import open_adamw
 from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues
 from pantheraml.engines.flat import FlatParameters, norm_of
@@ -78,7 +78,7 @@ class TorchEngine:
         """`_gradients`, with less memory or in more parts where it must be."""
         self._model.train()
         total = torch.zeros((), device=self._device)
-        for attempt in self._recovery.attempts(doing, halvings(_most_rows(batch.micro)), relief=self._relief):
+        for attempt in self._recovery.attempts(doing, halvings(_most_pieces(batch.micro)), relief=self._relief):
             with attempt:
                 total = self._gradients(batch, k, attempt.parts)
         return total
@@ -130,7 +130,7 @@ class TorchEngine:
     def _loss_of(self, micro: MicroBatch) -> Tensor:
         """The sum of the losses of a micro-batch."""
         losses: list[Tensor] = []
-        for attempt in self._recovery.attempts("an evaluation", halvings(_most_rows((micro,)))):
+        for attempt in self._recovery.attempts("an evaluation", halvings(_most_pieces((micro,)))):
             with attempt:
                 losses = [self._loss(self._model, part) for part in self._on_device(micro, attempt.parts)]
         return torch.stack(losses).sum()
@@ -158,17 +158,13 @@ class TorchEngine:
         return {f"weight/{name}": tuple(view.shape) for name, view in self._flat.views(self._flat.weights).items()}
 
     def _on_device(self, micro: MicroBatch, parts: int) -> Iterator[MicroTensors]:
-        """The rows of a micro-batch in at most `parts` pieces, one after the other.
+        """A micro-batch in at most `parts` pieces, one after the other.
 
         Fewer rows are a new shape: a device with static shapes compiles once more when memory has run out, and, as all
         later steps keep to that number of parts, then no more.
         """
-        rows = len(micro.input_ids)
-        at_once = -(-rows // parts)
-        for start in range(0, rows, at_once):
-            part = slice(start, start + at_once)
-            rows_of = micro.input_ids[part], micro.position_ids[part], micro.labels[part]
-            yield micro_tensors(*rows_of, self._device, pinned=self._backend.pinned_memory)
+        for arrays in divided(micro, parts):
+            yield micro_tensors(*arrays, self._device, pinned=self._backend.pinned_memory)
 
     @contextmanager
     def _memory_explained(self, doing: str) -> Iterator[None]:
@@ -211,7 +207,7 @@ def micro_tensors(
     """Rows [B, T] of a micro-batch on a device, with what the host knows of them. pinned: see `Backend.pinned_memory`."""
 
     def there(array: np.ndarray) -> Tensor:
-        here = torch.from_numpy(array)
+        here = torch.from_numpy(np.ascontiguousarray(array))
         return (here.pin_memory() if pinned else here).to(device, non_blocking=True)
 
     starts, longest = segments(position_ids)
@@ -225,9 +221,9 @@ def micro_tensors(
     )
 
 
-def _most_rows(batches: Sequence[MicroBatch]) -> int:
-    """Rows of the largest of these: what can be divided."""
-    return max((len(micro.input_ids) for micro in batches), default=1)
+def _most_pieces(batches: Sequence[MicroBatch]) -> int:
+    """Into how many parts the largest of these can be divided."""
+    return max(map(pieces, batches), default=1)
 
 
 def _copied(tensor: Tensor) -> Tensor:
