@@ -215,9 +215,13 @@ def test_for_training_and_for_inference_switch_the_same_model():
     assert FastLanguageModel.for_inference(model) is model and not model.training and model.config.use_cache
 
 
-def test_checkpointing_of_the_snippet_is_on():
-    model, _ = loaded(use_gradient_checkpointing="unsloth", bias="none", max_seq_length=None)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+@pytest.mark.parametrize(("asked", "planned"), [("unsloth", "auto"), (True, "on"), (False, "auto")])
+def test_checkpointing_of_the_snippet_is_on_in_other_trainers_and_planned_in_ours(asked: bool | str, planned: str, tmp_path: Path):
+    model, tokenizer = loaded(use_gradient_checkpointing=asked, bias="none", max_seq_length=None)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) is bool(asked)
+    assert Trainer(model, tokenizer, ROWS, args=args(tmp_path)).recipe.hardware.checkpointing == planned
+    said = Trainer(model, tokenizer, ROWS, args=args(tmp_path, gradient_checkpointing=False)).recipe.hardware.checkpointing
+    assert said == "off"
 
 
 # ---- What is refused ---------------------------------------------------------------------------------------------

@@ -216,6 +216,9 @@ class FastLanguageModel:
     ) -> Any:
         """The model with a LoRA on its linear layers, as a PEFT model. The arguments are those of PEFT's LoraConfig.
 
+        Args:
+            use_gradient_checkpointing: True: each layer is computed again in backward. "unsloth": the same in other trainers;
+                ours plans what each layer keeps, and computes again only what would not fit.
         Raises: RecipeError for targets that are no linear layers, or an argument that is not known here.
         """
         from pantheraml.models.adapters import attach
@@ -239,7 +242,7 @@ class FastLanguageModel:
         origin = _origin(model)
         if origin.quantizer == "int8" or origin.quantizer == "fp8":
             to_eight_bits(adapted, origin.quantizer)
-        _note(adapted, replace(origin, adapter=spec))
+        _note(adapted, replace(origin, adapter=spec, checkpointing=use_gradient_checkpointing is True))
         return _with_savers(adapted)
 
     @staticmethod
@@ -268,6 +271,14 @@ class _Origin:
     device: str = "auto"
     quantizer: str | None = None
     adapter: LoRA | None = None
+    checkpointing: bool = False
+
+
+def _checkpointing(args: TrainingArguments, origin: _Origin) -> str:
+    """What was asked: of the Trainer, else of get_peft_model, else nothing."""
+    if args.gradient_checkpointing is None:
+        return "on" if origin.checkpointing else "auto"
+    return "on" if args.gradient_checkpointing else "off"
 
 
 def _note(model: Any, origin: _Origin) -> None:
@@ -500,7 +511,7 @@ class Trainer:
             "hardware": {
                 "kind": self.model.device.type,
                 "index": self.model.device.index or 0,
-                **({} if args.gradient_checkpointing is None else {"checkpointing": "on" if args.gradient_checkpointing else "off"}),
+                "checkpointing": _checkpointing(args, origin),
             },
             "run": {
                 "folder": args.output_dir,

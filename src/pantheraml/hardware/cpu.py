@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +21,7 @@ from pantheraml.hardware.sensors import PowerMeter, package_energy
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.kinds import Kind
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _PROBE_SIZE = 768  # a few milliseconds a product
 
 
@@ -93,7 +96,10 @@ class CpuBackend:
             return
 
     def empty_cache(self) -> None:
-        """Nothing: the allocator keeps none that torch could return."""
+        """What glibc keeps of freed memory goes back to the system; torch keeps none. Elsewhere: nothing."""
+        trim = _of_libc("malloc_trim")
+        if trim is not None:
+            trim(0)
 
     def telemetry(self, index: int) -> Telemetry:
         """Of the whole machine, not of this process. Utilization and power are means since the last call, and unknown at the first."""
@@ -103,6 +109,21 @@ class CpuBackend:
             temperature_c=_temperature(),
             power_w=self._power.watts(package_energy(), time.monotonic()),
         )
+
+
+def return_freed_memory() -> bool:
+    """From here on large pieces of memory that are freed go back to the system at once, where the C library is glibc.
+
+    Left to itself it raises the size from which it does so, and what was freed lies in pieces between what is in use: a run that
+    computes layers again held a third more. It costs about a tenth of the time. Returns whether it was done.
+    """
+    mallopt = _of_libc("mallopt")
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, 1 << 20) == 1
+
+
+def _of_libc(name: str) -> Any:
+    """A function of glibc; None: another C library, or another system."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def busy_share(before: Any, after: Any) -> float | None:
