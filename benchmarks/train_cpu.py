@@ -1,6 +1,6 @@
 """A LoRA training step on the CPU, against transformers + PEFT and TRL: tokens a second, memory, share of the peak.
 
-    python benchmarks/train_cpu.py [--quick] [--shape NAME ...] [--data WORD ...] [--contestants NAME ...] [--rounds N] [--threads N]
+    python benchmarks/train_cpu.py [--quick] [--shape NAME ...] [--data WORD ...] [--contestants NAME ...] [--rounds N] [--threads N] [--trl-best JSON]
 
 Contestants: peft (transformers + PEFT in a plain loop, bfloat16 weights), trl (SFTTrainer at its defaults), trl-best (at the
 best settings of a small grid, searched once for each shape and kind of data), ours and ours-int8 (`pantheraml.train`).
@@ -86,6 +86,9 @@ def main() -> int:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, help="steps of each that are timed (default: 7)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--trl-best", type=json.loads, help="TRL's best settings from an earlier run's JSON (trl_best), instead of a search"
+    )
     asked = parser.parse_args()
     shapes = asked.shape or (SHAPES_HERE[:1] if asked.quick else SHAPES_HERE)
     datas = asked.data or [parse_data(word) for word in (DATA[:1] if asked.quick else DATA)]
@@ -100,7 +103,7 @@ def main() -> int:
             for data in datas:
                 room = Path(name) / f"{shape}-{words_of(data)}"
                 room.mkdir()
-                cases.append(run_case(shape, data, asked.contestants, rounds, asked.threads, weights, room))
+                cases.append(run_case(shape, data, asked.contestants, rounds, asked.threads, weights, room, asked.trl_best))
                 print_case(cases[-1])
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     print(f"{processor()}, {asked.threads} threads; " + ", ".join(f"{package} {version}" for package, version in versions.items()))
@@ -138,7 +141,16 @@ def words_of(data: Data) -> str:
 # One case: a shape, and a kind of data.
 
 
-def run_case(shape: str, data: Data, names: Sequence[str], rounds: int, threads: int, weights: Path, room: Path) -> dict[str, Any]:
+def run_case(
+    shape: str,
+    data: Data,
+    names: Sequence[str],
+    rounds: int,
+    threads: int,
+    weights: Path,
+    room: Path,
+    known_best: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Search, warm up, go round, and what came of it."""
     vocab = SHAPES[shape]["vocab_size"]
     rows = room / "rows.jsonl"
@@ -154,8 +166,8 @@ def run_case(shape: str, data: Data, names: Sequence[str], rounds: int, threads:
         threads=threads,
     )
     searched: list[dict[str, Any]] = []
-    best = TRL_DEFAULTS
-    if "trl-best" in names:
+    best = known_best or TRL_DEFAULTS
+    if "trl-best" in names and known_best is None:
         contestants.write_rows(room / "search.jsonl", data, SEARCH_STEPS, vocab)
         best, searched = search(replace(task, rows=str(room / "search.jsonl"), steps=SEARCH_STEPS), data, threads)
     jobs = {name: job(name, task, best) for name in names}
@@ -174,6 +186,7 @@ def run_case(shape: str, data: Data, names: Sequence[str], rounds: int, threads:
         "labels": sum(contestants.label_count(row) for row in read),
         "peak_gflops": round(peak / 1e9, 1),
         "searched": searched,
+        "trl_best": best if "trl-best" in names else None,
         "left_out": left_out,
         "results": {name: summary(name, seen, flops, peak) for name in seen},
     }
