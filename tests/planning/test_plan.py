@@ -10,6 +10,7 @@ from tests.fakes import decoder_shape, fake_device, h100s, laptop, llama_8b
 
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Inventory
+from pantheraml.planning.compile import choose_compile
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan, format_seconds, make_plan
 from pantheraml.recipe.types import Recipe
@@ -191,3 +192,31 @@ def test_planning_imports_no_torch_and_leaves_the_environment_alone() -> None:
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused", "asked", "steps", "compiles", "said"),
+    [
+        ("cuda", True, "auto", 5000, False, "kernels compute the layers"),
+        ("cuda", False, "auto", 500, True, "500 steps earn back the compiling, which takes about a minute"),
+        ("xpu", False, "auto", 500, True, "earn back"),
+        ("cuda", False, "auto", 499, False, "499 steps are few"),
+        ("cuda", False, "auto", None, False, "not known"),
+        ("cpu", False, "auto", 5000, False, "seldom pays on cpu"),
+        ("tpu", False, "auto", 5000, False, "seldom pays"),
+        ("cpu", True, "on", 1, True, "asks for it; compiling takes about a minute"),
+        ("cuda", False, "off", 5000, False, "asks for it"),
+    ],
+)
+def test_layers_are_compiled_where_it_pays(kind: str, fused: bool, asked: str, steps: int | None, compiles: bool, said: str) -> None:
+    found, reason = choose_compile(asked, fake_device(kind), fused=fused, steps=steps)
+    assert found == compiles and said in reason
+
+
+def test_the_length_of_a_run_is_counted_in_steps() -> None:
+    stock = decoder_shape("fake/stock")
+    long, short = (make_plan(recipe(), h100s(), stock, train_tokens=rows * 100, train_rows=rows) for rows in (500 * 16, 499 * 16))
+    assert long.compile and not short.compile and {choice: value for choice, value, _ in long.lines()}["compile"] == "on"
+    older = {name: value for name, value in long.to_dict().items() if name != "compile"}
+    with pytest.raises(ValueError, match="compile"):  # a run that is resumed makes a new one
+        Plan.from_dict(older)

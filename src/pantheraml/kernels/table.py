@@ -39,12 +39,12 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "rope": Operation("(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", _ROOM + "rope:reference"),
     "attention": Operation(
-        "(Tensor q, Tensor k, Tensor v, Tensor starts, int longest, float scale, int window, float softcap) -> (Tensor, Tensor)",
+        "(Tensor q, Tensor k, Tensor v, Tensor starts, SymInt longest, float scale, int window, float softcap) -> (Tensor, Tensor)",
         _ROOM + "attention:reference",
         _ROOM + "attention:shapes",
     ),
     "attention_backward": Operation(
-        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, int longest, float scale, int window,"
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, SymInt longest, float scale, int window,"
         " float softcap) -> (Tensor, Tensor, Tensor)",
         _ROOM + "attention:reference_backward",
         _ROOM + "attention:shapes_backward",

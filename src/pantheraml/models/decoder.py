@@ -24,6 +24,7 @@ from pantheraml.kernels.gated import reference as gate
 from pantheraml.kernels.linear import Norm, Projection, gated_linear, linear, linears
 from pantheraml.kernels.rms_norm import rms_norm
 from pantheraml.kernels.rope import rope
+from pantheraml.models.compiled import compiled
 from pantheraml.models.head import causal_model, output_head
 from pantheraml.models.lora import projection
 from pantheraml.planning.levels import Levels, format_levels, lower
@@ -107,6 +108,7 @@ class Decoder:
         levels: what each layer keeps for backward; see planning/memory.py. None: everything that is not cheap.
         allowed: levels that `lower` may go to, the fastest first.
         in_host_memory: a context in which what is saved for backward goes to ordinary memory.
+        compile: torch compiles a layer, but for those at the level `tiled`.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Decoder:
         *,
         allowed: Sequence[Level] = (),
         in_host_memory: Callable[[], AbstractContextManager[Any]] | None = None,
+        compile: bool = False,
     ) -> None:
         causal = causal_model(model)
         self._config = causal.config
@@ -125,6 +128,7 @@ class Decoder:
         self.levels: Levels = tuple(levels or ("cheap",) * len(self._layers))
         self._allowed = tuple(allowed)
         self._in_host_memory = in_host_memory
+        self._compiled = compiled(self._layer, whole=True) if compile else None
         self._facts = [self._facts_of(i, layer) for i, layer in enumerate(self._layers)]
 
     def hidden(self, batch: MicroTensors) -> Tensor:
@@ -160,7 +164,10 @@ class Decoder:
 
         def run(x: Tensor, again: bool) -> Tensor:
             tile = TILE_TOKENS if level == "tiled" else None
-            return self._layer(self._facts[i], layer, x, batch, angles, rows, keep=level == "keep", tile=tile, again=again)
+            if self._compiled is None or tile is not None:
+                return self._layer(self._facts[i], layer, x, batch, angles, rows, keep=level == "keep", tile=tile, again=again)
+            # The same graph both times: another one would keep other tensors.
+            return self._compiled(self._facts[i], layer, x, batch, angles, rows, keep=level == "keep", tile=None, again=False)
 
         if level in ("keep", "cheap") or not torch.is_grad_enabled():
             return run(x, False)

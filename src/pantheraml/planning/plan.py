@@ -14,6 +14,7 @@ from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
+from pantheraml.planning.compile import choose_compile
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
 from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
@@ -38,6 +39,7 @@ class Plan:
         micro_tokens: tokens the device takes at once.
         packing: several examples share a row.
         levels: what each layer keeps for backward; see planning/levels.py.
+        compile: torch compiles each layer.
     """
 
     device: Device
@@ -52,6 +54,7 @@ class Plan:
     batch_size: int
     packing: bool
     levels: Levels
+    compile: bool
     threads: int | None
     lr: float
     memory: MemoryEstimate
@@ -97,6 +100,7 @@ class Plan:
             "row_tokens": rows,
             "micro_tokens": f"{self.micro_tokens}",
             "checkpointing": format_levels(self.levels),
+            "compile": "on" if self.compile else "off",
             "lr": f"{self.lr:g}",
             "memory": f"about {format_bytes(memory.total_bytes)}",
             "speed": speed,
@@ -164,6 +168,9 @@ def make_plan(
         remedies=_remedies(recipe, shape, device, dtype, chosen_attention, quantizers, row_tokens[-1]),
     )
     reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.levels_reason
+    compile_layers, reasons["compile"] = choose_compile(
+        recipe.hardware.compile, device, fused=fused(recipe, shape), steps=_steps(recipe, train_rows)
+    )
     lr, reasons["lr"] = _lr(recipe, lora is not None)
 
     price = price_of(device, recipe.hardware.usd_per_hour)
@@ -206,6 +213,7 @@ def make_plan(
         batch_size=recipe.batch.size,
         packing=packing,
         levels=micro.levels,
+        compile=compile_layers,
         threads=threads,
         lr=lr,
         memory=memory,
@@ -374,6 +382,12 @@ def _lr(recipe: Recipe, lora: bool) -> tuple[float, str]:
     if recipe.optim.lr != "auto":
         return recipe.optim.lr, "the recipe asks for it"
     return (2e-4, "usual for LoRA") if lora else (2e-5, "usual when every weight trains")
+
+
+def _steps(recipe: Recipe, train_rows: int | None) -> int | None:
+    if recipe.optim.steps is not None or train_rows is None:
+        return recipe.optim.steps
+    return math.ceil(recipe.optim.epochs * train_rows / recipe.batch.size)
 
 
 def _total_tokens(recipe: Recipe, train_tokens: int | None, train_rows: int | None) -> int | None:

@@ -177,6 +177,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         "device_index gpu_id local_rank": "hardware.index",
         "num_threads": "hardware.threads",
         "gradient_checkpointing use_gradient_checkpointing activation_checkpointing": "hardware.checkpointing",
+        "torch_compile use_compile torch_compile_mode": "hardware.compile",
         "output_dir out_dir output save_dir": "run.folder",
         "run_name project experiment": "run.name",
         "random_state random_seed": "run.seed",

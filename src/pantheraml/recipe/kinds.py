@@ -9,16 +9,17 @@ Kind = str
 
 
 class Row(NamedTuple):
-    """Where a kind is written (module:class), and what people call it."""
+    """Where a kind is written (module:class), what people call it, and whether torch.compile makes a long run faster there."""
 
     backend: str
     family: Literal["tpu", "gpu", "cpu"]
+    compiles: bool = False
 
 
 KINDS: dict[Kind, Row] = {
     "tpu": Row("pantheraml.hardware.xla:XlaBackend", "tpu"),
-    "cuda": Row("pantheraml.hardware.cuda:CudaBackend", "gpu"),
-    "xpu": Row("pantheraml.hardware.xpu:XpuBackend", "gpu"),
+    "cuda": Row("pantheraml.hardware.cuda:CudaBackend", "gpu", compiles=True),
+    "xpu": Row("pantheraml.hardware.xpu:XpuBackend", "gpu", compiles=True),
     "mps": Row("pantheraml.hardware.mps:MpsBackend", "gpu"),
     "cpu": Row("pantheraml.hardware.cpu:CpuBackend", "cpu"),
 }

@@ -170,6 +170,10 @@ class HardwareAsk(_Part):
         description="What is computed again in backward to save memory. off: nothing. cheap: norms and gates. on: whole layers. "
         "tiled: on, with the MLP in pieces. offload: on, with inputs in ordinary memory. auto: the fastest that fits, layer by layer.",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Compile each layer with torch.compile, about a minute once. auto: on for a long run on a GPU, off where our kernels compute the layers.",
+    )
     allow_cpu: bool = Field(default=True, description="auto may take the CPU. Off: a machine without an accelerator is an error.")
     allow_tpu: bool = Field(default=True, description="auto may take a TPU.")
     simulate_tpu: bool = Field(default=False, description="Treat XLA on the CPU as a TPU, for trying things out; every report says so.")

@@ -10,8 +10,8 @@ train(recipe)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from pantheraml.hardware.settings import read_settings
 from pantheraml.kernels import native
 from pantheraml.kernels.table import CPU_ROOM, installed
 from pantheraml.models.adapters import attach
+from pantheraml.models.compiled import compiled_layers, keep_graphs
 from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
@@ -211,6 +212,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     engine = TorchEngine(backend, recovery)
     if any(target.startswith(CPU_ROOM) for target in installed(plan.device.kind).values()):
         native.prepare(read_settings().cache, lambda said: console.print(said, markup=False, highlight=False))
+    if plan.compile:
+        keep_graphs(read_settings().cache)
     decoder = decoder_of(model, plan, recipe, backend)
     relief = decoder.lower if decoder else lambda: None
     engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=relief)
@@ -250,7 +253,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        with monitor, by_kernels(model, decoder):
+        with monitor, made_fast(model, decoder, plan):
             position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
         watch.close()
@@ -268,7 +271,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         except Damaged as error:
             notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
             console.print(notes[-1], markup=False)
-    with by_kernels(model, decoder):
+    with made_fast(model, decoder, plan):
         final = engine.evaluate(held_out) if held_out else None
     notes += recovery.said
     samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
@@ -304,12 +307,18 @@ def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Deco
         return None
     allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=True)
     away = HostMemory(backend.torch_device(plan.device.index), pinned=backend.pinned_memory) if "offload" in allowed else None
-    return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away)
+    return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away, compile=plan.compile)
 
 
-def by_kernels(model: Any, decoder: Decoder | None) -> AbstractContextManager[object]:
-    """Where the model keeps its own forward, its adapted layers at least are computed by the kernels."""
-    return fused_lora(model) if decoder is None else nullcontext()
+@contextmanager
+def made_fast(model: Any, decoder: Decoder | None, plan: Plan) -> Iterator[None]:
+    """Where the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so."""
+    with ExitStack() as stack:
+        if decoder is None:
+            stack.enter_context(fused_lora(model))
+            if plan.compile:
+                stack.enter_context(compiled_layers(model))
+        yield
 
 
 def slower_than_could_be(model: Any) -> list[str]:
@@ -402,6 +411,8 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
         asked["levels"] = fresh.levels
     if recipe.hardware.threads is not None:
         asked["threads"] = fresh.threads
+    if recipe.hardware.compile != "auto":
+        asked["compile"] = fresh.compile
     if recipe.batch.micro_tokens != "auto":
         asked["micro_tokens"] = fresh.micro_tokens
     changed = {choice: value for choice, value in asked.items() if getattr(stored, choice) != value}
