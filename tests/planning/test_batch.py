@@ -44,7 +44,14 @@ def test_row_lengths_are_powers_of_two_and_the_points_half_way() -> None:
 
 
 def choose(free_mib: int, **changes: object):
-    arguments = {"free_bytes": free_mib * MIB, "longest_row": 512, "batch_tokens": 10**6, "peak_flops": None, "layers": LAYERS, "rungs": ("keep", "all")}
+    arguments = {
+        "free_bytes": free_mib * MIB,
+        "longest_row": 512,
+        "batch_tokens": 10**6,
+        "peak_flops": None,
+        "layers": LAYERS,
+        "rungs": ("keep", "all"),
+    }
     return choose_micro_tokens(estimate, **{**arguments, **changes})  # type: ignore[arg-type]
 
 

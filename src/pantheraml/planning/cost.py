@@ -13,6 +13,10 @@ UTILISATION = 0.35
 which the run's report sets beside what it measured. LoRA on stock transformers + peft in bfloat16 reached 0.31 to
 0.43 on two Zen 5 cores (SmolLM2-135M, Qwen2.5-0.5B) and 0.27 on an H100 (Llama-3.2-1B shape, 4 x 2048)."""
 
+FUSED_UTILISATION = 0.55
+"""The same where the kernels compute the layers: SmolLM2-135M and Qwen2.5-0.5B in rows of 512 reached 0.5 to 0.65 on two
+Zen 4 cores in bfloat16 (benchmarks/train_cpu.py). On a GPU nothing was measured."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostEstimate:
@@ -70,16 +74,17 @@ def estimate_cost(
     lora_rank: int | None,
     peak_flops: float | None,
     total_tokens: int | None,
+    fused: bool = False,
     usd_per_hour: float | None = None,
 ) -> CostEstimate:
-    """Time from the measured speed of a matrix product times UTILISATION; None where either part is unknown.
+    """Time from the measured speed of a matrix product times the share of it that a step reaches; None where either is unknown.
 
     Args:
         row_tokens: length of the rows that attention runs over. peak_flops: of the dtype in use, FLOP/s.
-        total_tokens: tokens in the whole run, all epochs. usd_per_hour: of the device.
+        total_tokens: tokens in the whole run, all epochs. usd_per_hour: of the device. fused: the kernels compute the layers.
     """
     flops = flops_per_token(shape, row_tokens=row_tokens, levels=levels, lora_rank=lora_rank)
-    tokens_per_s = None if peak_flops is None else peak_flops * UTILISATION / flops
+    tokens_per_s = None if peak_flops is None else peak_flops * (FUSED_UTILISATION if fused else UTILISATION) / flops
     time_s = None if tokens_per_s is None or total_tokens is None else total_tokens / tokens_per_s
     return CostEstimate(
         flops_per_token=flops, tokens_per_s=tokens_per_s, total_tokens=total_tokens, time_s=time_s, usd_per_hour=usd_per_hour

@@ -181,6 +181,7 @@ def make_plan(
         lora_rank=rank,
         peak_flops=device.peak_flops if dtype == device.dtypes[0] else None,
         total_tokens=_total_tokens(recipe, train_tokens, train_rows),
+        fused=fused(recipe, shape),
         usd_per_hour=price.usd_per_hour,
     )
     memory = micro.memory

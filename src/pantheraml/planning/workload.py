@@ -10,7 +10,7 @@ from typing import Literal
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device
 from pantheraml.planning.batch import HEADROOM
-from pantheraml.planning.cost import UTILISATION, flops_per_token
+from pantheraml.planning.cost import FUSED_UTILISATION, UTILISATION, flops_per_token
 from pantheraml.planning.memory import Level, MemoryEstimate, format_bytes
 from pantheraml.planning.shape import ModelShape
 
@@ -43,9 +43,9 @@ class Workload:
     def training(
         cls, shape: ModelShape, memory: MemoryEstimate, *, tokens: int, row_tokens: int, lora_rank: int | None, levels: Sequence[Level] = ()
     ) -> Workload:
-        """A training run over so many tokens, at the share of speed that a step reaches with stock modules (planning/cost.py)."""
+        """A training run over so many tokens, at the share of speed that a step reaches (planning/cost.py)."""
         flops = flops_per_token(shape, row_tokens=row_tokens, levels=levels, lora_rank=lora_rank)
-        return cls(flops=flops * tokens, memory_bytes=memory.total_bytes, utilization=UTILISATION)
+        return cls(flops=flops * tokens, memory_bytes=memory.total_bytes, utilization=FUSED_UTILISATION if shape.fused else UTILISATION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

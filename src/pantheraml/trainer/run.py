@@ -28,7 +28,7 @@ from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
-from pantheraml.hardware.cpu import usable_cores
+from pantheraml.hardware.cpu import return_freed_memory, usable_cores
 from pantheraml.hardware.find import find
 from pantheraml.hardware.host_memory import HostMemory
 from pantheraml.hardware.monitor import Monitor
@@ -47,6 +47,7 @@ from pantheraml.models.tiny import PREFIX as TINY
 from pantheraml.planning.levels import format_levels, rungs
 from pantheraml.planning.plan import Plan, longest_allowed, make_plan
 from pantheraml.planning.shape import ModelShape
+from pantheraml.recipe.kinds import in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
@@ -207,14 +208,16 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
 def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console, stop: loop.Stop) -> Run:
     recipe, plan, data, tokenizer = view.recipe, view.plan, view.data, view.tokenizer
     source = data.source(batch_size=plan.batch_size, seed=recipe.run.seed, epochs=recipe.optim.epochs, steps=recipe.optim.steps)
-    layout = layout_of(plan, tokenizer, trim=not backend.static_shapes)
+    if plan.compile:
+        keep_graphs(read_settings().cache)
+    decoder = decoder_of(model, plan, recipe, backend)
+    layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     engine = TorchEngine(backend, recovery)
     if any(target.startswith(CPU_ROOM) for target in installed(plan.device.kind).values()):
         native.prepare(read_settings().cache, lambda said: console.print(said, markup=False, highlight=False))
-    if plan.compile:
-        keep_graphs(read_settings().cache)
-    decoder = decoder_of(model, plan, recipe, backend)
+    if plan.checkpointing and in_host_memory(plan.device.kind):
+        return_freed_memory()
     relief = decoder.lower if decoder else lambda: None
     engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=relief)
 
@@ -360,11 +363,17 @@ def default_console() -> Console:
     return Console(stderr=True)
 
 
-def layout_of(plan: Plan, tokenizer: Any, *, trim: bool) -> Callable[[Iterable[Any]], StepBatch]:
-    """What lays the examples of a step into the plan's shapes."""
+def layout_of(plan: Plan, tokenizer: Any, *, trim: bool, rows: bool = True) -> Callable[[Iterable[Any]], StepBatch]:
+    """What lays the examples of a step into the plan's shapes.
+
+    Args:
+        trim: see `pack_step`. rows: False where the layers know where examples begin: they stand one after the other in a single
+            row, with no padding in between.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    row_tokens = plan.row_tokens if rows or not (trim and plan.packing) else (plan.micro_tokens,)
     return lambda examples: pack_step(
-        list(examples), row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=trim
+        list(examples), row_tokens=row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=trim
     )
 
 
