@@ -24,6 +24,7 @@ LONG: dict[str, str] = {
     "cli.py": "one short function for each verb, and the few lines that they share",
     "data/load.py": "five readers and five formats of a few lines each, which are looked up together",
     "data/source.py": "the two sources keep one contract, and what one does in memory the other does while reading",
+    "hardware/recovery.py": "one recovery, and the two ways in that share it: a loop of attempts and a decorator",
     "export/gguf.py": "the facts of twelve families in one table, beside the few lines that write them",
 }
 

@@ -73,6 +73,8 @@ def test_micro_tokens_stop_where_more_would_not_help() -> None:
     assert choose(10**6, peak_flops=7e14).micro_tokens == BUSY_TOKENS_FAST
     assert choose(10**6, batch_tokens=1600).micro_tokens == 2048  # 1600 and a quarter more, rounded up
     assert choose(10**6, batch_tokens=10).micro_tokens == 512  # one row
+    assert choose(10**6, batch_tokens=1024, most_tokens=1024).micro_tokens == 1024  # all rows are full, so no step has more
+    assert choose(10**6, batch_tokens=1024, most_tokens=3000).micro_tokens == 1536
 
 
 def test_checkpointing_comes_only_when_one_row_does_not_fit_without_and_then_in_as_few_layers_as_it_takes() -> None:

@@ -587,3 +587,12 @@ def test_packing_that_was_asked_for_is_refused_where_the_model_mixes_rows(tmp_pa
     with pytest.raises(RecipeError, match="packing") as raised:
         made(recipe, ROWS)
     assert "off" in raised.value.fix
+
+
+def test_a_tight_plan_is_rehearsed_and_says_what_it_took(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("pantheraml.trainer.fast.TIGHT", 0.0)
+    plain, quiet_said = made(tiny_recipe(tmp_path / "a", eval={"generate_rows": 0}, optim={"steps": 3}), ROWS)
+    monkeypatch.setattr("pantheraml.trainer.fast.TIGHT", 1e9)
+    roomy, said = made(tiny_recipe(tmp_path / "b", eval={"generate_rows": 0}, optim={"steps": 3}), ROWS)
+    assert "Rehearsed at the largest shape: it took" in quiet_said and "Rehearsed" not in said
+    assert losses(plain.folder) == losses(roomy.folder)  # nothing comes of it

@@ -103,6 +103,7 @@ class Recovery:
         """What was announced, here and in the run that this one goes on from: for a report."""
         self._device, self._pause_s, self._sleep = device, pause_s, sleep
         self._halvings = 0
+        self._relief: Callable[[], str | None] = lambda: None
 
     def restore(self, parts: int, said: Sequence[str]) -> None:
         """Go on like a recovery that had come to `parts`, a power of two; its halvings count."""
@@ -129,9 +130,10 @@ class Recovery:
             relief: asked first when memory runs out: makes the work need less, and says how; None: it cannot.
         """
         in_a_row: Counter[FailureKind] = Counter()
+        self._relief = relief
         while True:
             parts = next((parts for parts in ladder if parts >= self.parts), ladder[-1])
-            attempt = Attempt(self, doing, parts, ladder, in_a_row, whole, accumulation, relief)
+            attempt = Attempt(self, doing, parts, ladder, in_a_row, whole, accumulation)
             yield attempt
             if attempt.failure is None:
                 return
@@ -146,15 +148,7 @@ class Recovery:
             else:
                 self._sleep(self._pause_s * 2 ** (in_a_row[failure.kind] - 1))
 
-    def failed(
-        self,
-        error: Exception,
-        doing: str,
-        parts: int,
-        ladder: Sequence[int],
-        in_a_row: Counter[FailureKind],
-        relief: Callable[[], str | None],
-    ) -> Failure:
+    def failed(self, error: Exception, doing: str, parts: int, ladder: Sequence[int], in_a_row: Counter[FailureKind]) -> Failure:
         """Record an error; `next_parts` of what is returned says whether it is tried again."""
         kind = classify(error)
         self.counts[kind] += 1
@@ -163,7 +157,7 @@ class Recovery:
         said: str | None = None
         if kind != "out of memory":
             next_parts = parts if in_a_row[kind] <= self.retries.get(kind, 0) else None
-        elif self.retries.get(kind, 0) and (said := relief()) is not None:
+        elif self.retries.get(kind, 0) and (said := self._relief()) is not None:
             next_parts = parts
         elif self._halvings < self.retries.get(kind, 0):
             next_parts = next((more for more in ladder if more > parts), None)
@@ -210,12 +204,11 @@ class Attempt:
         in_a_row: Counter[FailureKind],
         whole: int | None,
         accumulation: int,
-        relief: Callable[[], str | None],
     ) -> None:
         self.parts = parts
         self.failure: Failure | None = None
         self._recovery, self._doing, self._ladder, self._in_a_row = recovery, doing, ladder, in_a_row
-        self._whole, self._accumulation, self._relief = whole, accumulation, relief
+        self._whole, self._accumulation = whole, accumulation
 
     @property
     def micro_batch(self) -> int:
@@ -235,7 +228,7 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if not isinstance(error, Exception):
             return False
-        failure = self._recovery.failed(error, self._doing, self.parts, self._ladder, self._in_a_row, self._relief)
+        failure = self._recovery.failed(error, self._doing, self.parts, self._ladder, self._in_a_row)
         if failure.next_parts is not None:
             self.failure = failure
             return True

@@ -14,6 +14,7 @@ from pantheraml.kernels.int8 import Int8
 from pantheraml.kernels.linear import Base, Projection, linear
 from pantheraml.kernels.nf4 import Nf4
 from pantheraml.models.lora import product_dtype
+from pantheraml.recipe.kinds import in_host_memory
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -56,7 +57,7 @@ def keep_format(model: Any) -> None:
             if hasattr(layer, "support_avx512bf16_for_cpu"):
                 layer.support_avx512bf16_for_cpu = False
             state = getattr(getattr(layer, "weight", None), "quant_state", None)
-            if state is not None and layer.weight.device.type == "cpu" and layer.in_features % state.blocksize:
+            if state is not None and in_host_memory(layer.weight.device.type) and layer.in_features % state.blocksize:
                 setattr(parent, name, _plain(layer, Nf4(layer.weight).dense(), model.dtype))
 
 

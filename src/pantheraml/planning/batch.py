@@ -95,6 +95,7 @@ def choose_micro_tokens(
     free_bytes: int,
     longest_row: int,
     batch_tokens: int,
+    most_tokens: int | None = None,
     peak_flops: float | None,
     layers: int,
     rungs: tuple[Level, ...],
@@ -106,7 +107,7 @@ def choose_micro_tokens(
     Args:
         estimate: bytes for (micro_tokens, levels).
         longest_row: tokens of the longest row; one of them is the least that can be taken.
-        batch_tokens: tokens in one optimizer step; more than a step cannot be taken at once.
+        batch_tokens: tokens in one optimizer step; more than a step cannot be taken at once. most_tokens: no step has more; None: not known.
         peak_flops: of the device, or None.
         layers: of the model. rungs: levels that may be used, the fastest first. Products are computed again only if not even
             one row fits without, and then in no more layers than it takes.
@@ -117,7 +118,8 @@ def choose_micro_tokens(
     budget = free_bytes if asked else int(free_bytes * HEADROOM)
     busy = BUSY_TOKENS_FAST if peak_flops is not None and peak_flops >= FAST_FLOPS else BUSY_TOKENS
     # Steps differ in length: with a quarter more, nearly all of them are taken at once.
-    cap = max(longest_row, min(busy, round_lengths(batch_tokens * 5 // 4)[-1]))
+    in_a_step = round_lengths(batch_tokens * 5 // 4)[-1]
+    cap = max(longest_row, min(busy, in_a_step if most_tokens is None else min(in_a_step, round_lengths(most_tokens)[-1])))
     sizes = (
         (asked,)
         if asked

@@ -161,6 +161,7 @@ def make_plan(
         free_bytes=known(device.free_bytes, device),
         longest_row=row_tokens[-1],
         batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
+        most_tokens=None if longest_example is None else recipe.batch.size * min(longest_example, max_tokens),
         peak_flops=device.peak_flops,
         layers=shape.layers,
         rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape)),

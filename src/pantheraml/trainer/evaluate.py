@@ -10,7 +10,8 @@ from pantheraml.errors import DataError
 from pantheraml.hardware.backend import open_backend
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.recipe.types import Recipe
-from pantheraml.trainer.run import batches_of, layout_of, survey
+from pantheraml.trainer.fast import batches_of, layout_of
+from pantheraml.trainer.run import survey
 from pantheraml.trainer.runs import Loaded
 from pantheraml.trainer.samples import answers, ask, exact_match, with_answers
 from pantheraml.trainer.sft import sft_loss

@@ -10,18 +10,14 @@ train(recipe)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blake3
-import numpy as np
 
-from pantheraml.data.chat import Example
 from pantheraml.data.load import BadRows
-from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.data.prepare import Prepared, Records, prepare
 from pantheraml.engines.adamw import check_installed
 from pantheraml.engines.torch_engine import TorchEngine
@@ -30,27 +26,21 @@ from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
 from pantheraml.hardware.cpu import return_freed_memory, usable_cores
 from pantheraml.hardware.find import find
-from pantheraml.hardware.host_memory import HostMemory
 from pantheraml.hardware.monitor import Monitor
 from pantheraml.hardware.recovery import Recovery
-from pantheraml.hardware.settings import read_settings
-from pantheraml.kernels import native
-from pantheraml.kernels.table import CPU_ROOM, installed
 from pantheraml.models.adapters import attach
-from pantheraml.models.compiled import compiled_layers, keep_graphs
-from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
-from pantheraml.models.lora import fused_lora, stock_layers
 from pantheraml.models.quantize import available, quantization, to_eight_bits
 from pantheraml.models.tiny import PREFIX as TINY
-from pantheraml.planning.levels import format_levels, rungs
+from pantheraml.planning.levels import format_levels
 from pantheraml.planning.plan import Plan, longest_allowed, make_plan
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.kinds import in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
+from pantheraml.trainer.fast import batches_of, decoder_of, layout_of, made_fast, prepare_kernels, rehearse, slower_than_could_be
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
 from pantheraml.trainer.report import REPORT, monitored, summary, write_report
 from pantheraml.trainer.runs import Run
@@ -61,10 +51,6 @@ from pantheraml.trainer.watch import Watch, open_reporters
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
-
-
-TIGHT = 0.5
-"""Share of the free memory above which a plan is rehearsed at its largest shape before the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,14 +194,11 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
 def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console, stop: loop.Stop) -> Run:
     recipe, plan, data, tokenizer = view.recipe, view.plan, view.data, view.tokenizer
     source = data.source(batch_size=plan.batch_size, seed=recipe.run.seed, epochs=recipe.optim.epochs, steps=recipe.optim.steps)
-    if plan.compile:
-        keep_graphs(read_settings().cache)
     decoder = decoder_of(model, plan, recipe, backend)
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     engine = TorchEngine(backend, recovery)
-    if any(target.startswith(CPU_ROOM) for target in installed(plan.device.kind).values()):
-        native.prepare(read_settings().cache, lambda said: console.print(said, markup=False, highlight=False))
+    prepare_kernels(plan, lambda said: console.print(said, markup=False, highlight=False))
     if plan.checkpointing and in_host_memory(plan.device.kind):
         return_freed_memory()
     relief = decoder.lower if decoder else lambda: None
@@ -251,12 +234,11 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     recovery.announce = watch.say
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)
-    if plan.memory.total_bytes > TIGHT * (plan.device.free_bytes or 0):
-        engine.rehearse(layout(largest(plan)))
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
         with monitor, made_fast(model, decoder, plan):
+            rehearse(engine, layout, plan, backend, view.held_bytes, watch.say)
             position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
         watch.close()
@@ -304,45 +286,6 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     return run
 
 
-def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Decoder | None:
-    """What computes the layers by the kernels, at the plan's levels; None: the model keeps its own forward."""
-    if decodes(model) is not None:
-        return None
-    allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=True)
-    away = HostMemory(backend.torch_device(plan.device.index), pinned=backend.pinned_memory) if "offload" in allowed else None
-    return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away, compile=plan.compile)
-
-
-@contextmanager
-def made_fast(model: Any, decoder: Decoder | None, plan: Plan) -> Iterator[None]:
-    """Where the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so."""
-    with ExitStack() as stack:
-        if decoder is None:
-            stack.enter_context(fused_lora(model))
-            if plan.compile:
-                stack.enter_context(compiled_layers(model))
-        yield
-
-
-def slower_than_could_be(model: Any) -> list[str]:
-    """What was not computed by the fastest kernels, and why: for the report."""
-    found: list[str] = []
-    if (why := decodes(model)) is not None:
-        found.append(f"the model's own forward computed the layers: {why}")
-    if stock := stock_layers(model):
-        found.append(f"{stock} adapted layers were computed by PEFT itself: the kernels have no dropout, DoRA or several adapters")
-    if (why := native.why_not()) is not None:
-        found.append(f"torch computed norms, gates and attention, not the C++ kernels: {why}")
-    return found
-
-
-def largest(plan: Plan) -> list[Example]:
-    """Examples that fill the largest micro-batch of a plan, every token with a label."""
-    length = plan.row_tokens[-1]
-    rows = max(1, plan.micro_tokens // length)
-    return [Example(np.zeros(length, dtype=np.int32), np.ones(length, dtype=bool), "a rehearsal") for _ in range(rows)]
-
-
 def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
     """The plan, without packing if this model turns out to mix the examples of a row. Raises: RecipeError if packing was asked for."""
     if not plan.packing or keeps_apart(model):
@@ -361,28 +304,6 @@ def default_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
-
-
-def layout_of(plan: Plan, tokenizer: Any, *, trim: bool, rows: bool = True) -> Callable[[Iterable[Any]], StepBatch]:
-    """What lays the examples of a step into the plan's shapes.
-
-    Args:
-        trim: see `pack_step`. rows: False where the layers know where examples begin: they stand one after the other in a single
-            row, with no padding in between.
-    """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    row_tokens = plan.row_tokens if rows or not (trim and plan.packing) else (plan.micro_tokens,)
-    return lambda examples: pack_step(
-        list(examples), row_tokens=row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=trim
-    )
-
-
-def batches_of(data: Prepared, plan: Plan, layout: Callable[[Iterable[Any]], StepBatch]) -> list[StepBatch]:
-    """The held-out examples, as many at a time as a training step takes."""
-    held = data.held_out
-    return [
-        layout(held[i] for i in range(start, min(start + plan.batch_size, len(held)))) for start in range(0, len(held), plan.batch_size)
-    ]
 
 
 def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
