@@ -291,12 +291,13 @@ def ours(task: Task, lane: Lane) -> None:
     Raises: Absent for a field or a value that the recipe does not know, and for what the plan says cannot be done here.
     """
     from rich.console import Console
+    from transformers import PreTrainedTokenizerFast
 
     from pantheraml.engines.torch_engine import TorchEngine
     from pantheraml.errors import DeviceError, MissingExtra, RecipeError
     from pantheraml.recipe.load import recipe_from
+    from pantheraml.trainer import run
     from pantheraml.trainer.folder import PLAN
-    from pantheraml.trainer.run import train
 
     quiet()
     try:
@@ -317,8 +318,10 @@ def ours(task: Task, lane: Lane) -> None:
 
     # The loop has no place at which a stranger could wait, and needs none but here. This process does nothing else.
     TorchEngine.step = in_turn  # pyright: ignore[reportAttributeAccessIssue]
+    # transformers gives some families (Qwen 2) their own way of splitting text, whatever tokenizer lies in the folder.
+    run.load_tokenizer = lambda spec: PreTrainedTokenizerFast.from_pretrained(spec.name)
     try:
-        train(recipe, console=Console(stderr=True))
+        run.train(recipe, console=Console(stderr=True))
     except (MissingExtra, DeviceError) as error:
         if begun:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 _ROOM = "pantheraml.kernels."
@@ -59,11 +60,16 @@ OPERATIONS: Mapping[str, Operation] = {
 DISPATCH: Mapping[str, str] = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
 """Kind of device -> what torch's dispatcher calls it."""
 
+_HAS_TRITON = find_spec("triton") is not None
 KERNELS: Mapping[tuple[str, str], str] = {
     **{(name, "cpu"): f"{CPU_ROOM}{name}" for name in OPERATIONS},
-    **{(name, kind): f"{_ROOM}{name.removesuffix('_backward')}_triton:{name}" for name in OPERATIONS for kind in ("cuda", "xpu")},
-    ("attention", "cuda"): _ROOM + "attention_cuda:attention",
-    ("attention_backward", "cuda"): _ROOM + "attention_cuda:attention_backward",
+    **{
+        (name, kind): f"{_ROOM}{name.removesuffix('_backward')}_triton:{name}"
+        for name in OPERATIONS
+        for kind in ("cuda", "xpu")
+        if _HAS_TRITON  # it comes with torch for Linux, and not for Windows
+    },
+    **{(name, "cuda"): f"{_ROOM}attention_cuda:{name}" for name in ("attention", "attention_backward") if _HAS_TRITON},
 }
 """(operation, kind of device) -> module:function, where there is something faster than the reference."""
 
@@ -81,3 +87,8 @@ def load(target: str) -> Callable[..., Any]:
 def installed(kind: str) -> dict[str, str]:
     """Each operation and what computes it on `kind`, for the doctor and the report."""
     return {name: KERNELS.get((name, kind), operation.reference) for name, operation in OPERATIONS.items()}
+
+
+def only_references(kind: str) -> bool:
+    """Whether torch itself computes everything on `kind`."""
+    return not any(of == kind for _, of in KERNELS)

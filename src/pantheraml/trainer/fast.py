@@ -16,7 +16,7 @@ from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.host_memory import HostMemory
 from pantheraml.hardware.settings import read_settings
 from pantheraml.kernels import native
-from pantheraml.kernels.table import CPU_ROOM, installed
+from pantheraml.kernels.table import CPU_ROOM, installed, only_references
 from pantheraml.models.compiled import compiled_layers, keep_graphs
 from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.lora import fused_lora, stock_layers
@@ -58,7 +58,7 @@ def made_fast(model: Any, decoder: Decoder | None, plan: Plan) -> Iterator[None]
         yield
 
 
-def slower_than_could_be(model: Any) -> list[str]:
+def slower_than_could_be(model: Any, plan: Plan) -> list[str]:
     """What was not computed by the fastest kernels, and why: for the report."""
     found: list[str] = []
     if (why := decodes(model)) is not None:
@@ -67,6 +67,8 @@ def slower_than_could_be(model: Any) -> list[str]:
         found.append(f"{stock} adapted layers were computed by PEFT itself: the kernels have no dropout, DoRA or several adapters")
     if (why := native.why_not()) is not None:
         found.append(f"torch computed norms, gates and attention, not the C++ kernels: {why}")
+    if only_references(plan.device.kind):
+        found.append("torch computed norms, gates and attention: there are no kernels for this device here (GPUs need the package triton)")
     return found
 
 

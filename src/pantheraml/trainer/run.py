@@ -232,6 +232,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         monitor=monitor,
     )
     recovery.announce = watch.say
+    backend.empty_cache()  # what loading and answering let go of
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
@@ -247,7 +248,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     peak_bytes = backend.memory(index).peak_bytes
 
     notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
-    notes += slower_than_could_be(model)
+    notes += slower_than_could_be(model, plan)
     kept = position.step
     if rhythm.keep_best and position.best_step not in (None, position.step):
         try:
