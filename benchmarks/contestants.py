@@ -259,12 +259,12 @@ def adapted(base: Any, *, full_precision: bool = True) -> Any:
     return get_peft_model(base, lora, autocast_adapter_dtype=full_precision)
 
 
-def load_base(task: Task, attention: str | None = None) -> Any:
-    """The model as `from_pretrained` gives it: in the dtype in which it is stored, bfloat16."""
+def load_base(task: Task, attention: str | None = None, weights: str = "bfloat16") -> Any:
+    """The model in bfloat16, as it is stored and as `from_pretrained` gives it, or in another dtype."""
     from transformers import AutoModelForCausalLM
 
     quiet()
-    extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    extra: dict[str, Any] = {"dtype": weights, **({"attn_implementation": attention} if attention else {})}
     if task.device != "cpu":
         extra["device_map"] = {"": task.device}  # straight there, as ours does
     return AutoModelForCausalLM.from_pretrained(task.model, **extra)
@@ -448,7 +448,8 @@ def unsloth(task: Task, lane: Lane) -> None:
 
 # TRL.
 
-TRL_DEFAULTS: dict[str, Any] = {"attention": None, "adapters": "float32", "layout": "padded", "arguments": {}}
+# A model that is given by its name TRL loads in float32 (create_model_from_path), whatever its authors store.
+TRL_DEFAULTS: dict[str, Any] = {"weights": "float32", "attention": None, "adapters": "float32", "layout": "padded", "arguments": {}}
 OTHER_STEPS = ("batch_rebalance", "group_by_length", "packing")  # layouts whose steps have other examples than those of the rest
 
 
@@ -499,7 +500,7 @@ def trl(task: Task, lane: Lane) -> None:
         def on_step_end(self, *rest: Any, **named: Any) -> None:
             lane.end(lambda losses=step["losses"]: float(sum(losses)), step["tokens"], step["labels"])
 
-    base = load_base(task, settings["attention"])
+    base = load_base(task, settings["attention"], settings["weights"])
     trainer = Counting(
         model=adapted(base, full_precision=settings["adapters"] == "float32"),
         args=SFTConfig(**{**_sft_arguments(task), **trl_layouts(task)[settings["layout"]], **settings["arguments"]}),
@@ -515,8 +516,8 @@ def trl(task: Task, lane: Lane) -> None:
 def trl_said(settings: dict[str, Any]) -> str:
     """Settings in a few words: what differs from TRL's defaults."""
     changed = [f"{name}={value}" for name, value in settings["arguments"].items()]
-    changed += [f"{name}={settings[name]}" for name in ("attention", "adapters", "layout") if settings[name] != TRL_DEFAULTS[name]]
-    return ", ".join(changed) or "defaults: weights as stored, autocast, checkpointing"
+    changed += [f"{name}={settings[name]}" for name in ("weights", "attention", "adapters", "layout") if settings[name] != TRL_DEFAULTS[name]]
+    return ", ".join(changed) or "defaults: float32 weights, autocast, checkpointing"
 
 
 def _sft_arguments(task: Task) -> dict[str, Any]:

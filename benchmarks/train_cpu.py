@@ -208,7 +208,7 @@ def search(task: Task, data: Data, threads: int) -> tuple[dict[str, Any], list[d
 
     Without checkpointing; then the numbers' types, the attention, and for a mix of lengths the layout.
     """
-    best = {**TRL_DEFAULTS, "arguments": {"gradient_checkpointing": False}}
+    best = {**TRL_DEFAULTS, "weights": "bfloat16", "arguments": {"gradient_checkpointing": False}}
     plain = {**best["arguments"], "bf16": False}  # bfloat16 weights and adapters, without autocast
     axes: list[list[dict[str, Any]]] = [
         [{}, {"adapters": "bfloat16"}, {"adapters": "bfloat16", "arguments": plain}],
