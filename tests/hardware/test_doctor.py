@@ -58,7 +58,7 @@ def test_a_cpu_alone_is_a_pass() -> None:
 def test_it_says_what_is_in_use_and_what_is_missing_and_how_to_get_it() -> None:
     seen = report()
     text = shown(seen)
-    assert f"In use: {seen.device}, the first that answered" in text and "ready to train" in text and "linear_cross_entropy" in text
+    assert f"In use: {seen.device}, the first that answered" in text and "ready to train" in text and "cross_entropy" in text
     for absent in seen.absent:
         assert absent.kind in text
     everything = shown(seen, verbose=True)
