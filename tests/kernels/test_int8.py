@@ -36,7 +36,7 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(params=["C++", "torch"])
 def rounding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What rounds the rows of a packed product."""
-    if request.param == "C++" and native.library() is None:
+    if request.param == "C++" and native.opened() is None:
         pytest.skip(f"the C++ kernels are not here: {native.why_not()}")
     if request.param == "torch":
         monkeypatch.setattr(native._state, "library", None)

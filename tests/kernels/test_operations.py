@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pantheraml.kernels import native
-from pantheraml.kernels.library import ops
+from pantheraml.kernels.operations import ops
 from pantheraml.kernels.table import KERNELS, OPERATIONS, installed, load
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(params=["reference", "cpu"])
 def compute(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """compute(name, *arguments): one implementation of the operations."""
-    if request.param == "cpu" and native.library() is None:
+    if request.param == "cpu" and native.opened() is None:
         pytest.skip(f"the C++ kernels are not here: {native.why_not()}")
 
     def run(name: str, *arguments: Any) -> Any:
@@ -245,7 +245,7 @@ def test_gradients_of_the_references_are_those_of_finite_differences(name: str) 
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    if native.library() is None:
+    if native.opened() is None:
         pytest.skip(f"the C++ kernels are not here: {native.why_not()}")
     before = torch.get_num_threads()
     x, dy = drawn(500, 64, dtype=torch.bfloat16), drawn(500, 64, dtype=torch.bfloat16, seed=1)
@@ -317,7 +317,7 @@ def test_without_a_compiler_the_references_compute(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_build_is_announced_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if native.library() is None:
+    if native.opened() is None:
         pytest.skip(f"the C++ kernels are not here: {native.why_not()}")
     said: list[str] = []
     for _ in range(2):
@@ -328,4 +328,4 @@ def test_a_build_is_announced_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp
     broken = tmp_path / "other"
     monkeypatch.setattr(native, "_state", native._State())
     monkeypatch.setattr(native, "_FLAGS", ("-std=c++20", "-no-such-flag"))
-    assert native.prepare(broken) is not None and native.library() is None and not list((broken / "kernels").glob("*.so"))
+    assert native.prepare(broken) is not None and native.opened() is None and not list((broken / "kernels").glob("*.so"))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.library import ops, wide
+from pantheraml.kernels.operations import ops, wide
 
 
 def attention(

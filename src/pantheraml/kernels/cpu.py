@@ -13,7 +13,7 @@ from pantheraml.kernels import cross_entropy as _cross_entropy
 from pantheraml.kernels import gated as _gated
 from pantheraml.kernels import rms_norm as _rms_norm
 from pantheraml.kernels import rope as _rope
-from pantheraml.kernels.native import library
+from pantheraml.kernels.native import opened
 
 _LETTERS = {torch.float32: "f", torch.bfloat16: "h"}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -24,7 +24,7 @@ _LANES = 16
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """See rms_norm.py."""
     names = _letters(x) + _letters(x if weight is None else weight)
-    kernels = library() if len(names) == 2 else None
+    kernels = opened() if len(names) == 2 else None
     if kernels is None:
         return _rms_norm.reference(x, weight, eps, offset)
     x = _rows(x)
@@ -39,7 +39,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """See rms_norm.py."""
     names = _letters(x, dy, *(() if add is None else (add,))) + _letters(x if weight is None else weight)
-    kernels = library() if len(names) == 2 else None
+    kernels = opened() if len(names) == 2 else None
     if kernels is None:
         return _rms_norm.reference_backward(dy, x, weight, rstd, offset, add, need_weight)
     dy, x, add = _rows(dy), _rows(x), None if add is None else _rows(add)
@@ -54,7 +54,7 @@ def rms_norm_backward(
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """See gated.py."""
     letter = _letters(gate, up)
-    kernels = library() if letter else None
+    kernels = opened() if letter else None
     if kernels is None:
         return _gated.reference(gate, up, activation)
     gate, up = _rows(gate), _rows(up)
@@ -66,7 +66,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_backward(da: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """See gated.py."""
     letter = _letters(gate, up, da)
-    kernels = library() if letter else None
+    kernels = opened() if letter else None
     if kernels is None:
         return _gated.reference_backward(da, gate, up, activation)
     da, gate, up = _rows(da), _rows(gate), _rows(up)
@@ -79,7 +79,7 @@ def gated_backward(da: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """See rope.py."""
     letter = _letters(x)
-    kernels = library() if letter and cos.dtype == sin.dtype == torch.float32 else None
+    kernels = opened() if letter and cos.dtype == sin.dtype == torch.float32 else None
     if kernels is None:
         return _rope.reference(x, cos, sin, interleaved, inverse)
     x = x if x.stride(2) == 1 else x.contiguous()
@@ -92,7 +92,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) 
 def cross_entropy(logits: Tensor, labels: Tensor, scale: float, softcap: float, gradient: bool) -> Tensor:
     """See cross_entropy.py."""
     letter = _letters(logits)
-    kernels = library() if letter and logits.is_contiguous() else None
+    kernels = opened() if letter and logits.is_contiguous() else None
     if kernels is None:
         return _cross_entropy.reference(logits, labels, scale, softcap, gradient)
     loss = torch.empty(logits.shape[0])
@@ -105,7 +105,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See attention.py."""
     letter = _letters(q, k, v)
-    kernels = library() if letter and q.shape[2] % _LANES == 0 else None
+    kernels = opened() if letter and q.shape[2] % _LANES == 0 else None
     if kernels is None:
         return _attention.reference(q, k, v, starts, longest, scale, window, softcap)
     q, k, v = map(_heads, (q, k, v))
@@ -130,7 +130,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See attention.py."""
     letter = _letters(q, k, v, dout)
-    kernels = library() if letter and q.shape[2] % _LANES == 0 else None
+    kernels = opened() if letter and q.shape[2] % _LANES == 0 else None
     if kernels is None:
         return _attention.reference_backward(dout, q, k, v, out, lse, starts, longest, scale, window, softcap)
     dout, q, k, v, out = map(_heads, (dout, q, k, v, out))
@@ -144,7 +144,7 @@ def attention_backward(
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale): rows rounded to eight bits, uint8 with 128 for zero; x is about (q - 128) * scale, float32 [N, 1]."""
     letter = _letters(x)
-    kernels = library() if letter else None
+    kernels = opened() if letter else None
     if kernels is None:
         scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127
         return ((x.float() / scale).round() + 128).to(torch.uint8), scale
@@ -157,7 +157,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def scale_rows_(y: Tensor, scale: Tensor, add: Tensor | None = None) -> Tensor:
     """y * scale + add, in place; scale is float32 [N, 1], add like y."""
     letter = _letters(y, *(() if add is None else (add,)))
-    kernels = library() if letter and y.is_contiguous() else None
+    kernels = opened() if letter and y.is_contiguous() else None
     if kernels is None:
         scaled = y.float() * scale
         return y.copy_(scaled if add is None else scaled + add.float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.library import wide
+from pantheraml.kernels.operations import wide
 
 
 def reference(logits_CV: Tensor, labels_C: Tensor, scale: float, softcap: float, gradient: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pantheraml.kernels.library import ops, wide
+from pantheraml.kernels.operations import ops, wide
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 

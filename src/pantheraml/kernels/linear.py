@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pantheraml.kernels.gated import Activation
-from pantheraml.kernels.library import ops
+from pantheraml.kernels.operations import ops
 
 
 class Base(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pantheraml.kernels.library import ops
+from pantheraml.kernels.operations import ops
 
 
 def linear_cross_entropy(

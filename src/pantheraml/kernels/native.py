@@ -28,7 +28,7 @@ _LONGEST_BUILD_S = 300
 
 @dataclass
 class _State:
-    library: ctypes.CDLL | None = None
+    opened: ctypes.CDLL | None = None
     why_not: str | None = None
     folder: Path = field(default=_FOLDER)
 
@@ -36,11 +36,11 @@ class _State:
 _state = _State()
 
 
-def library() -> ctypes.CDLL | None:
+def opened() -> ctypes.CDLL | None:
     """The built kernels, built now if nobody has; None: `why_not()` says why."""
-    if _state.library is None and _state.why_not is None:
+    if _state.opened is None and _state.why_not is None:
         prepare(_state.folder)
-    return _state.library
+    return _state.opened
 
 
 def why_not() -> str | None:
@@ -54,11 +54,11 @@ def prepare(folder: Path, say: Callable[[str], None] = lambda _: None) -> str | 
     Args:
         say: hears of a build, which takes some seconds, before it begins.
     """
-    if _state.library is not None:
+    if _state.opened is not None:
         return None
     _state.folder = folder
     try:
-        _state.library, _state.why_not = _opened(folder.expanduser() / "kernels", say), None
+        _state.opened, _state.why_not = _opened(folder.expanduser() / "kernels", say), None
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         _state.why_not = said.strip().splitlines()[0][:200] if said.strip() else type(error).__name__

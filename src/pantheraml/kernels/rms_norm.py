@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.library import ops, wide
+from pantheraml.kernels.operations import ops, wide
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.library import ops, wide
+from pantheraml.kernels.operations import ops, wide
 
 
 def rope(x_NHD: Tensor, cos_NR: Tensor, sin_NR: Tensor, *, interleaved: bool = False) -> Tensor:
