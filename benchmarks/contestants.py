@@ -516,7 +516,9 @@ def trl(task: Task, lane: Lane) -> None:
 def trl_said(settings: dict[str, Any]) -> str:
     """Settings in a few words: what differs from TRL's defaults."""
     changed = [f"{name}={value}" for name, value in settings["arguments"].items()]
-    changed += [f"{name}={settings[name]}" for name in ("weights", "attention", "adapters", "layout") if settings[name] != TRL_DEFAULTS[name]]
+    changed += [
+        f"{name}={settings[name]}" for name in ("weights", "attention", "adapters", "layout") if settings[name] != TRL_DEFAULTS[name]
+    ]
     return ", ".join(changed) or "defaults: float32 weights, autocast, checkpointing"
 
 
