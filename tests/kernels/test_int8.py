@@ -39,7 +39,7 @@ def rounding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "C++" and native.opened() is None:
         pytest.skip(f"the C++ kernels are not here: {native.why_not()}")
     if request.param == "torch":
-        monkeypatch.setattr(native._state, "library", None)
+        monkeypatch.setattr(native._state, "opened", None)
         monkeypatch.setattr(native._state, "why_not", "a test")
     return request.param
 
