@@ -110,6 +110,9 @@ class FakeBackend:
     def empty_cache(self) -> None:
         return
 
+    def recorder(self, index: int) -> None:
+        return
+
     def telemetry(self, index: int) -> Telemetry:
         return Telemetry()
 

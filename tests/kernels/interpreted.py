@@ -48,7 +48,7 @@ def _interpreter() -> ProcessPoolExecutor:
 
 
 def _become_a_device() -> None:
-    """Repair the interpreter's bfloat16: it rounds towards zero, and multiplies matrices of the bits read as integers."""
+    """Repair the interpreter's bfloat16 and eight-bit floats: it rounds towards zero, and multiplies matrices of the bits read as integers."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -57,8 +57,11 @@ def _become_a_device() -> None:
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounded(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if source == tl.float32 and target in (tl.bfloat16, tl.float8e4nv):
+            wide = torch.from_numpy(np.array(data, np.float32))
+            if target == tl.bfloat16:
+                return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(data, source, target, rounding_mode)
 
     def multiplied(self: Any, a: Any, b: Any, *others: Any) -> Any:

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from pantheraml.kernels import attention_triton, cross_entropy_triton, gated_triton, rms_norm_triton, rope_triton
+from pantheraml.kernels import attention_triton, cross_entropy_triton, fp8_triton, gated_triton, rms_norm_triton, rope_triton
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHARED_BYTES = 99 << 10  # what a program may have on the least of Ampere and later (compute capability 8.6, 8.9, 12.0)
@@ -104,3 +104,12 @@ def test_attention_compiles_and_fits(compiled: list[Any], dtype: torch.dtype, wi
         assert kernel.metadata.shared <= SHARED_BYTES, kernel.name
         if dtype == BF16:
             assert "mma" in kernel.asm["ptx"]  # on the matrix units
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_rounding_to_eight_bits_compiles_where_a_gpu_has_them(compiled: list[Any], dtype: torch.dtype) -> None:
+    target: Any = triton.runtime.driver.active
+    if target.get_current_target().arch < 89:
+        pytest.skip("floats of eight bits are there from compute capability 8.9 on")
+    fp8_triton.rounded(torch.zeros(3, 8192, dtype=dtype))
+    assert len(compiled) == 1 and compiled[0].asm["cubin"] and "e4m3" in compiled[0].asm["ptx"]

@@ -86,16 +86,34 @@ def test_a_row_with_what_is_no_number_gives_none() -> None:
     assert not y[1].isfinite().any() and y[0].isfinite().all() and y[2].isfinite().all()
 
 
-def test_the_matrix_is_made_once_a_use_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every matrix that is made whole."""
     import bitsandbytes.functional
 
-    real, made = bitsandbytes.functional.dequantize_4bit, []
+    real, seen = bitsandbytes.functional.dequantize_4bit, []
 
     def counted(*args: Any, **rest: Any) -> Tensor:
-        made.append(real(*args, **rest))
-        return made[-1]
+        seen.append(real(*args, **rest))
+        return seen[-1]
 
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", counted)
+    return seen
+
+
+def test_where_it_is_kept_the_matrix_is_made_once_for_each_dtype_in_use(made: list[Tensor]) -> None:
+    weight = held(drawn(48, 128).bfloat16())
+    kept, plain = Nf4(weight, keep=True), Nf4(weight)
+    x, grad = drawn(5, 128).bfloat16(), drawn(5, 48).bfloat16()
+    for _ in range(3):
+        assert kept.forward(kept.prepare(x)).equal(plain.forward(plain.prepare(x)))
+        assert kept.backward(grad).equal(plain.backward(grad))
+    assert len(made) == 1 + 6
+    assert kept.forward(x.float()).dtype == torch.float32 and len(made) == 8  # rows of another dtype are not what was kept
+    assert kept.forward(x.float()).equal(plain.forward(x.float())) and len(made) == 9
+
+
+def test_the_matrix_is_made_once_a_use_and_not_kept(made: list[Tensor]) -> None:
     bases = [Nf4(held(drawn(48, 128, seed=seed))) for seed in (0, 1)]
     x, kept = drawn(5, 128).requires_grad_(), set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pantheraml.export.safetensors import merge_model, save_adapter, save_full
 from pantheraml.hardware.cpu import CpuBackend
 from pantheraml.kernels.nf4 import Nf4
 from pantheraml.models.adapters import attach
-from pantheraml.models.decoder import decodes
+from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.generate import generate
 from pantheraml.models.load import load_model, shape_of
 from pantheraml.models.lora import fused_lora, stock_layers
@@ -30,11 +31,14 @@ from pantheraml.models.quantize import (
     WeightAbsent,
     available,
     held_in_eight_bits,
+    keep_whole,
+    let_go,
     quantization,
     to_eight_bits,
     to_matrices,
 )
 from pantheraml.recipe.types import LoRA, ModelSpec, OptimSpec
+from pantheraml.trainer.fast import relief
 from pantheraml.trainer.sft import sft_loss
 
 
@@ -327,5 +331,64 @@ def test_four_bits_on_a_cpu_are_read_as_they_were_written(small: Any, tokenizer:
     assert len(names) == 14 and (fused - stock).norm() < 1e-4 * stock.norm()
 
 
+def test_what_is_kept_whole_gives_the_same_and_can_be_let_go(
+    small: Any, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    made: list[Tensor] = []
+    real = Nf4.dense
+    monkeypatch.setattr(Nf4, "dense", lambda self: made.append(real(self)) or made[-1])
+    save_full(small("llama"), tokenizer, tmp_path / "base", verify=False)
+    model = load_model(
+        ModelSpec(name=str(tmp_path / "base")),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        quantization=quantization(NF4, torch.float32),
+    )
+    model = attach(model, LoRA(rank=4), seed=0)
+    four_bits = sum(hasattr(getattr(each, "weight", None), "quant_state") and not hasattr(each, "base_layer") for each in model.modules())
+    step = pack_step(examples, row_tokens=(48,), micro_tokens=96, packing=True, pad_id=0, trim=True)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        for micro in step.micro:
+            batch = micro_tensors(micro.input_ids, micro.position_ids, micro.labels, torch.device("cpu"))
+            sft_loss(model)(model, batch).backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    made.clear()
+    wanted = gradients()
+    # Forward and backward, but that nobody needs the gradient of the first layer's input: there are q, k and v.
+    assert len(made) == len(step.micro) * (2 * four_bits - 3)
+    keep_whole(model)
+    made.clear()
+    for found in (gradients(), gradients()):
+        assert len(found) == len(wanted) and all(mine.equal(true) for mine, true in zip(found, wanted, strict=True))
+    assert len(made) == four_bits
+    assert relief(model, Decoder(model)) == "with matrices in four bits made whole at each use"
+    made.clear()
+    assert all(mine.equal(true) for mine, true in zip(gradients(), wanted, strict=True))
+    assert len(made) == len(step.micro) * (2 * four_bits - 3)
+    assert let_go(model) is None and relief(model, None) is None
+    assert relief(model, Decoder(model, ("keep", "keep"), allowed=("keep", "cheap"))) == "with layers at 2 cheap"
+
+
 def up_of(model: Any) -> Tensor:
     return model.model.layers[0].mlp.up_proj.weight
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are in memory")
+@pytest.mark.parametrize("form", [*FORMS, NF4])
+def test_the_file_that_was_read_does_not_stay_in_memory(form: Any, small: Any, tokenizer: Any, tmp_path: Path) -> None:
+    if form == NF4:
+        pytest.importorskip("bitsandbytes")
+    save_full(small("llama"), tokenizer, tmp_path / "base", verify=False)
+    how = quantization(NF4, torch.float32) if form == NF4 else None
+    model = load_model(ModelSpec(name=str(tmp_path / "base")), dtype=torch.float32, device=torch.device("cpu"), quantization=how)
+    if form != NF4:
+        embedding = model.get_input_embeddings().weight.clone()
+        assert str(tmp_path / "base") in Path("/proc/self/maps").read_text()  # or this test sees nothing
+        to_eight_bits(model.requires_grad_(False), form)
+        assert model.get_input_embeddings().weight.equal(embedding)
+    gc.collect()
+    assert str(tmp_path / "base") not in Path("/proc/self/maps").read_text()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tests.fakes import decoder_shape, fake_device, h100s, laptop, llama_8b
 
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Inventory
-from pantheraml.planning.compile import choose_compile
+from pantheraml.planning.compile import choose_compile, choose_graphs
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan, format_seconds, make_plan
 from pantheraml.recipe.types import Recipe
@@ -211,6 +212,43 @@ def test_planning_imports_no_torch_and_leaves_the_environment_alone() -> None:
 def test_layers_are_compiled_where_it_pays(kind: str, fused: bool, asked: str, steps: int | None, compiles: bool, said: str) -> None:
     found, reason = choose_compile(asked, fake_device(kind), fused=fused, steps=steps)
     assert found == compiles and said in reason
+
+
+CAN: dict[str, Any] = {"fused": True, "lora": True, "levels": ("keep",) * 30, "compiled": False, "micro_batch_s": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "records", "said"),
+    [
+        ("cuda", {}, True, "to tell the GPU of a micro-batch may take 30 ms, and to compute it 10 ms"),
+        ("cuda", {"micro_batch_s": 0.031}, False, "computed in about 31 ms, which leaves time"),
+        ("cuda", {"micro_batch_s": None}, False, "not measured"),
+        ("cuda", {"fused": False}, False, "random numbers"),
+        ("cuda", {"lora": False}, False, "every weight trains"),
+        ("cuda", {"compiled": True}, False, "torch compiles"),
+        ("cuda", {"levels": ("all", "offload")}, False, "ordinary memory"),
+        ("xpu", {}, False, "nothing is recorded on xpu"),
+        ("cpu", {}, False, "nothing is recorded on cpu"),
+    ],
+)
+def test_steps_are_recorded_where_telling_takes_longer_than_computing(kind: str, change: Any, records: bool, said: str) -> None:
+    given = {**CAN, **change}
+    found, reason = choose_graphs("auto", fake_device(kind), **given)
+    assert found == records and said in reason
+    assert choose_graphs("off", fake_device(kind), **given) == (False, "the recipe asks for it")
+    if records or "micro_batch_s" in change:
+        assert choose_graphs("on", fake_device(kind), **given)[0]
+    else:
+        with pytest.raises(RecipeError, match=r"hardware\.graphs=on, but"):
+            choose_graphs("on", fake_device(kind), **given)
+
+
+def test_a_small_model_on_a_large_gpu_is_recorded_and_a_large_one_is_not() -> None:
+    small = replace(decoder_shape(layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, vocab=49152), fused=True)
+    made = make_plan(recipe(batch={"micro_tokens": 2048}), h100s(), small)
+    assert made.graphs and {choice: value for choice, value, _ in made.lines()}["graphs"] == "on"
+    assert not make_plan(recipe(), h100s(), replace(llama_8b(), fused=True)).graphs
+    assert not make_plan(recipe(), laptop(), small).graphs
 
 
 def test_the_length_of_a_run_is_counted_in_steps() -> None:

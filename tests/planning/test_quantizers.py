@@ -22,8 +22,8 @@ def recipe(*fields: str, **parts: Any) -> Recipe:
     return recipe_from({"model": {"name": "fake", **dict.fromkeys(fields, True)}, "data": "rows.jsonl", **parts})
 
 
-def planned(inventory: Inventory, *fields: str, quantizers: tuple[str, ...] = tuple(FIELDS)) -> Plan:
-    return make_plan(recipe(*fields), inventory, decoder_shape(), quantizers=quantizers)
+def planned(inventory: Inventory, *fields: str, quantizers: tuple[str, ...] = tuple(FIELDS), **parts: Any) -> Plan:
+    return make_plan(recipe(*fields, **parts), inventory, decoder_shape(), quantizers=quantizers)
 
 
 @pytest.mark.parametrize(("quantizer", "field"), FIELDS.items())
@@ -36,9 +36,28 @@ def test_what_the_recipe_asks_for_is_planned(quantizer: str, field: str) -> None
     assert plain.quantizer is None
     # Half a byte and a scale for each 64 weights; or a byte for each direction of the product, which is what bfloat16 takes.
     if quantizer == "nf4":
-        assert made.memory.weights_bytes < 0.6 * plain.memory.weights_bytes
+        tight = planned(h100s(1), field, hardware={"checkpointing": "on"})
+        assert tight.memory.weights_bytes < 0.6 * plain.memory.weights_bytes
     else:
         assert made.memory.weights_bytes == plain.memory.weights_bytes
+
+
+def test_four_bits_are_kept_whole_as_well_where_memory_is_free() -> None:
+    shape = decoder_shape()
+    whole = 2 * sum(n_in * n_out for n_in, n_out in shape.linears)
+    roomy, tight = planned(h100s(1), "load_in_4bit"), planned(h100s(1, memory_gib=3.5), "load_in_4bit")
+    asked = [planned(h100s(1), "load_in_4bit", hardware={"checkpointing": level}) for level in ("off", "on")]
+    assert [made.whole for made in (roomy, tight, *asked)] == [True, False, True, False]
+    four_bits = tight.memory.weights_bytes
+    assert roomy.memory.weights_bytes == four_bits + whole and asked[1].memory.weights_bytes == four_bits
+    assert "free to keep each matrix in bfloat16 as well" in roomy.reasons["base_dtype"] and "free" not in tight.reasons["base_dtype"]
+    # It must not be what makes the plan too large.
+    for gib in (3.5, 4, 5, 6, 7, 8):
+        made = planned(h100s(1, memory_gib=gib), "load_in_4bit")
+        assert made.memory.total_bytes <= 0.8 * gib * (1 << 30)
+    # PEFT's own layers read the four bits themselves; and only they are made whole.
+    assert not planned(h100s(1), "load_in_4bit", adapter={"kind": "lora", "dropout": 0.1}).whole
+    assert not planned(h100s(1)).whole and not planned(h100s(1), "load_in_8bit").whole
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ ATTENTION_TOKENS = 4096
 # Rows are cut to multiples of this. Each new width costs a CPU new machine code for bfloat16 products (oneDNN keeps up to
 # a thousand such kernels), and it would be a new one nearly every step.
 TRIM_TOKENS = 32
+# Where a shape shall come again, a length is one of so many between a power of two and the next: at most an eighth is added.
+LENGTHS_AN_OCTAVE = 8
 
 Bins = list[list[int]]
 
@@ -101,6 +103,23 @@ def divided(micro: MicroBatch, parts: int) -> Iterator[tuple[np.ndarray, np.ndar
     for start, end in pairwise(sorted({0, tokens} | nearest)):
         ids, positions, labels = (array[:, start:end] for array in arrays)
         yield ids, positions, labels
+
+
+def lengthened(input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A single row [1, T], so long that the same length comes again soon; more rows as they are. What is added is an example without labels."""
+    rows, tokens = input_ids.shape
+    more = next_length(tokens) - tokens
+    if rows > 1 or not more:
+        return input_ids, position_ids, labels
+    added = (np.zeros((1, more), np.int64), np.arange(more)[None], np.full((1, more), IGNORED))
+    ids, positions, all_labels = (np.concatenate(pair, axis=1) for pair in zip((input_ids, position_ids, labels), added, strict=True))
+    return ids, positions, all_labels
+
+
+def next_length(number: int) -> int:
+    """`number`, or the next of the points that divide each octave evenly into LENGTHS_AN_OCTAVE."""
+    step = max(1, (1 << (number - 1).bit_length()) // 2 // LENGTHS_AN_OCTAVE) if number > 1 else 1
+    return -(-number // step) * step
 
 
 def pack_step(

@@ -90,8 +90,8 @@ class FlatParameters:
         """A vector like `weights`, cut into tensors like the parameters; they share its memory."""
         return {name: place.of(flat) for name, place in self._places.items()}
 
-    def zero_gradients(self) -> None:
-        """Zeros for a step to add to."""
+    def zero_gradients(self) -> Tensor:
+        """Zeros for a step to add to: the same tensor as long as none failed."""
         if self.gradients is None:
             self.gradients = torch.zeros_like(self.weights)
             self._gradient_of = self.views(self.gradients)
@@ -99,6 +99,7 @@ class FlatParameters:
             self.gradients.zero_()
         for name, parameter in self._trained.items():
             parameter.grad = self._gradient_of[name]
+        return self.gradients
 
     def drop_gradients(self) -> None:
         """Let go of the memory of the gradients."""

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pantheraml.data.pack import MicroBatch, StepBatch, divided, labelled_tokens, pieces, segments
+from pantheraml.data.pack import MicroBatch, StepBatch, divided, labelled_tokens, lengthened, pieces, segments
 from pantheraml.engines.adamw import open_adamw
 from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues
 from pantheraml.engines.flat import FlatParameters, norm_of
+from pantheraml.engines.graphs import Graphs, recurring
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.failures import classify
@@ -31,10 +32,11 @@ class TorchEngine:
 
     Args:
         recovery: what to do when memory runs out; None: stop.
+        graphs: recordings of micro-batches; None: each is computed in the usual way.
     """
 
-    def __init__(self, backend: Backend, recovery: Recovery | None = None) -> None:
-        self._backend, self._recovery = backend, recovery or Recovery()
+    def __init__(self, backend: Backend, recovery: Recovery | None = None, graphs: Graphs | None = None) -> None:
+        self._backend, self._recovery, self._graphs = backend, recovery or Recovery(), graphs
 
     def prepare(
         self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int, relief: Callable[[], str | None] = lambda: None
@@ -85,23 +87,34 @@ class TorchEngine:
 
     def _gradients(self, batch: StepBatch, k: int, parts: int) -> Tensor:
         """The sum of the losses of step k; the gradients of their mean are in the parameters, or none if it fails."""
-        self._flat.zero_gradients()
         # Each attempt draws what the first one drew. In smaller parts dropout takes other masks, as with smaller micro-batches.
         self._backend.seed(_mixed(self._seed, k))
         total = torch.zeros((), device=self._device)
+        gradients = self._flat.zero_gradients()
+        count = max(1, batch.label_count)
+        divisor = None if self._graphs is None else torch.full((), count, dtype=torch.float32, device=self._device)
         try:
             for micro in batch.micro:
-                for part in self._on_device(micro, parts):
-                    with self._backend.autocast(self._dtype):
-                        loss = self._loss(self._model, part)
-                    # A batch without labels has a loss of 0 that hangs on no parameter.
-                    if loss.requires_grad:
-                        (loss / max(1, batch.label_count)).backward()
-                    total += loss.detach()
+                for part in self._on_device(micro, parts, again=divisor is not None):
+                    if self._graphs is None or divisor is None:
+                        total += self._backward(part, count)
+                    else:
+                        total += self._graphs.backward(part, divisor, self._backward, gradients)
         except (RuntimeError, MemoryError):
             self._flat.drop_gradients()
+            if self._graphs is not None:
+                self._graphs.forget()
             raise
         return total
+
+    def _backward(self, batch: MicroTensors, divisor: int | Tensor) -> Tensor:
+        """The sum of the losses; the gradients of it / divisor are added to those that are there."""
+        with self._backend.autocast(self._dtype):
+            loss = self._loss(self._model, batch)
+        # A batch without labels has a loss of 0 that hangs on no parameter.
+        if loss.requires_grad:
+            (loss / divisor).backward()
+        return loss.detach()
 
     def read(self, metrics: Sequence[StepMetrics]) -> list[StepValues]:
         """See `Engine.read`."""
@@ -157,14 +170,15 @@ class TorchEngine:
     def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return {f"weight/{name}": tuple(view.shape) for name, view in self._flat.views(self._flat.weights).items()}
 
-    def _on_device(self, micro: MicroBatch, parts: int) -> Iterator[MicroTensors]:
-        """A micro-batch in at most `parts` pieces, one after the other.
+    def _on_device(self, micro: MicroBatch, parts: int, *, again: bool = False) -> Iterator[MicroTensors]:
+        """A micro-batch in at most `parts` pieces, one after the other. again: in shapes that come again soon.
 
         Fewer rows are a new shape: a device with static shapes compiles once more when memory has run out, and, as all
         later steps keep to that number of parts, then no more.
         """
         for arrays in divided(micro, parts):
-            yield micro_tensors(*arrays, self._device, pinned=self._backend.pinned_memory)
+            made = micro_tensors(*(lengthened(*arrays) if again else arrays), self._device, pinned=self._backend.pinned_memory)
+            yield recurring(made) if again else made
 
     @contextmanager
     def _memory_explained(self, doing: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -44,6 +45,11 @@ class Telemetry:
     utilization: float | None = None
     temperature_c: float | None = None
     power_w: float | None = None
+
+
+Recorder = Callable[[Callable[[], "torch.Tensor"]], tuple["torch.Tensor", Callable[[], None]]]
+"""Takes a computation and gives where its result will stand, and what computes it: at each call once, from what then stands in the
+memory that it reads. The computation itself may not have run."""
 
 
 class Backend(Protocol):
@@ -97,6 +103,10 @@ class Backend(Protocol):
 
     def empty_cache(self) -> None:
         """Give back what the allocator keeps for later, where it keeps any."""
+        ...
+
+    def recorder(self, index: int) -> Recorder | None:
+        """What records the kernels of a computation, to start them all at once later; None: nothing here does."""
         ...
 
     def telemetry(self, index: int) -> Telemetry:

@@ -101,6 +101,9 @@ class CpuBackend:
         if trim is not None:
             trim(0)
 
+    def recorder(self, index: int) -> None:
+        """Nothing is recorded here."""
+
     def telemetry(self, index: int) -> Telemetry:
         """Of the whole machine, not of this process. Utilization and power are means since the last call, and unknown at the first."""
         before, self._times = self._times, psutil.cpu_times()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pantheraml.hardware import nvidia
-from pantheraml.hardware.backend import MemoryUse, Telemetry
+from pantheraml.hardware.backend import MemoryUse, Recorder, Telemetry
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.kinds import Kind
@@ -127,6 +127,18 @@ class CudaBackend:
     def empty_cache(self) -> None:
         """Give cached blocks back to the driver."""
         torch.cuda.empty_cache()
+
+    def recorder(self, index: int) -> Recorder:
+        """CUDA graphs that share a pool of memory, as they never run at the same time. Not run on a GPU yet."""
+        pool = torch.cuda.graph_pool_handle()
+
+        def record(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(index), torch.cuda.graph(graph, pool=pool):
+                result = compute()
+            return result, graph.replay
+
+        return record
 
     def telemetry(self, index: int) -> Telemetry:
         """From NVIDIA's driver, the GPU found by its UUID: torch counts only those that are visible. On ROCm from AMD's library."""

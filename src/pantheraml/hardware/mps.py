@@ -115,6 +115,9 @@ class MpsBackend:
         """Give cached blocks back to Metal."""
         torch.mps.empty_cache()
 
+    def recorder(self, index: int) -> None:
+        """Nothing is recorded here."""
+
     def telemetry(self, index: int) -> Telemetry:
         """Nothing: macOS tells it to root only (powermetrics)."""
         return Telemetry()

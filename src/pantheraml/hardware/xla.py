@@ -234,6 +234,9 @@ class XlaBackend:
     def empty_cache(self) -> None:
         """Nothing: XLA gives a buffer back when its array goes."""
 
+    def recorder(self, index: int) -> None:
+        """Nothing is recorded here."""
+
     def telemetry(self, index: int) -> Telemetry:
         """The duty cycle of the chip, from libtpu, once this process uses the TPU; it tells neither temperature nor power."""
         opened = self._opened()

@@ -119,6 +119,9 @@ class XpuBackend:
         """Give cached blocks back to the driver."""
         torch.xpu.empty_cache()
 
+    def recorder(self, index: int) -> None:
+        """Nothing is recorded here."""
+
     def telemetry(self, index: int) -> Telemetry:
         """Temperature and power from the kernel's files, where they are surely this GPU's; power from the second call on.
 

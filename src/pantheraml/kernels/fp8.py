@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pantheraml.kernels.table import FP8_ROUNDING, load
+
 E4M3 = torch.float8_e4m3fn
 _MOST = torch.finfo(E4M3).max
 _MULTIPLE = 16
@@ -30,12 +32,13 @@ class Fp8:
     def __init__(self, weight_OI: Tensor) -> None:
         if why := unfit(weight_OI):
             raise ValueError(why)
-        self._forward = rounded(weight_OI)
-        self._backward = rounded(self.dense().T)
+        self._rounded = load(FP8_ROUNDING.get(weight_OI.device.type, FP8_ROUNDING["others"]))
+        self._forward = self._rounded(weight_OI)
+        self._backward = self._rounded(self.dense().T)
 
     def prepare(self, x_NI: Tensor) -> Any:
         """See `Base.prepare`: the rows in eight bits, their scales, and the dtype to come back to."""
-        return *rounded(x_NI), x_NI.dtype
+        return *self._rounded(x_NI), x_NI.dtype
 
     def forward(self, prepared: Any) -> Tensor:
         """See `Base.forward`."""
@@ -44,7 +47,7 @@ class Fp8:
 
     def backward(self, grad_NO: Tensor) -> Tensor:
         """See `Base.backward`."""
-        return _product(*rounded(grad_NO), grad_NO.dtype, *self._backward)
+        return _product(*self._rounded(grad_NO), grad_NO.dtype, *self._backward)
 
     def dense(self) -> Tensor:
         """The matrix that forward multiplies by, float32 [O, I]."""

@@ -33,7 +33,7 @@ def linear_cross_entropy(
         hidden_ND: last hidden states of the labelled tokens alone, any float dtype. Which they are is known on the host;
             to look for them here would wait for the device.
         weight_VD: output embedding. Gradients flow to it only if it requires them.
-        labels_N: token ids, already shifted; each of them counts, so no -100.
+        labels_N: token ids, already shifted. -100 counts for nothing, and is computed all the same.
         bias_V: added to the logits before the scale.
         scale: factor of the logits (Granite, Cohere, Falcon-H1).
         softcap: bound of the logits (Gemma 2); None: none.

@@ -1,4 +1,4 @@
-"""A frozen matrix in four bits (NF4) as bitsandbytes holds it: made whole once for each use."""
+"""A frozen matrix in four bits (NF4) as bitsandbytes holds it: made whole once for each use, or once for all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch.nn import functional as F
 class Nf4:
     """A `Base` (linear.py) over a Params4bit of bitsandbytes.
 
+    Args:
+        keep: what was made whole is kept, in the dtype of the rows that it is multiplied with.
     Source: arXiv 2305.14314; the format and its reading are bitsandbytes'.
     """
 
-    def __init__(self, weight: Any) -> None:
-        self._weight = weight
+    def __init__(self, weight: Any, *, keep: bool = False) -> None:
+        self._weight, self._keep = weight, keep
+        self._whole: Tensor | None = None
 
     def prepare(self, x_NI: Tensor) -> Tensor:
         """See `Base.prepare`."""
@@ -25,11 +28,18 @@ class Nf4:
 
     def forward(self, prepared: Tensor) -> Tensor:
         """See `Base.forward`."""
-        return F.linear(prepared, self.dense().to(prepared.dtype))
+        return F.linear(prepared, self._matrix(prepared.dtype))
 
     def backward(self, grad_NO: Tensor) -> Tensor:
         """See `Base.backward`."""
-        return grad_NO @ self.dense().to(grad_NO.dtype)
+        return grad_NO @ self._matrix(grad_NO.dtype)
+
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
+        if self._whole is not None and self._whole.dtype == dtype:
+            return self._whole
+        matrix = self.dense().to(dtype)
+        self._whole = matrix if self._keep else None
+        return matrix
 
     @torch.no_grad()
     def dense(self) -> Tensor:

@@ -77,6 +77,9 @@ KERNELS: Mapping[tuple[str, str], str] = {
 EIGHT_BIT_PRODUCTS: Mapping[str, str] = {"cpu": _ROOM + "int8:PackedProduct", "others": _ROOM + "int8:Product"}
 """What multiplies whole numbers of eight bits, by kind of device."""
 
+FP8_ROUNDING: Mapping[str, str] = {"others": _ROOM + "fp8:rounded", **({"cuda": _ROOM + "fp8_triton:rounded"} if _HAS_TRITON else {})}
+"""What rounds rows to floats of eight bits, by kind of device."""
+
 
 def load(target: str) -> Callable[..., Any]:
     """The function that `module:function` names."""

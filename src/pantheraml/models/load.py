@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import RecipeError
 from pantheraml.models.decoder import decodes
-from pantheraml.models.quantize import EightBitLinear, keep_format
+from pantheraml.models.quantize import EightBitLinear, keep_format, leave_file
 from pantheraml.models.tiny import PREFIX, family_of, tiny_config, tiny_tokenizer
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import ModelSpec
@@ -168,6 +168,7 @@ def load_model(
         ).eval()
     if quantization is not None:
         keep_format(model)
+        leave_file(model)
     return model
 
 

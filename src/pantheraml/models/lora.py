@@ -35,7 +35,7 @@ def _held(layer: Any) -> tuple[Tensor | None, Tensor | None, Base | None] | None
         return layer.weight, layer.bias, None
     base = getattr(layer, "kernel_base", None)
     if base is not None:
-        return None, layer.bias, base()
+        return None, layer.bias, base
     state = getattr(getattr(layer, "weight", None), "quant_state", None)  # of bitsandbytes, in four bits
     return None if state is None else (None, layer.bias, Nf4(layer.weight))
 

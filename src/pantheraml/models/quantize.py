@@ -61,6 +61,25 @@ def keep_format(model: Any) -> None:
                 setattr(parent, name, _plain(layer, Nf4(layer.weight).dense(), model.dtype))
 
 
+def keep_whole(model: Any) -> None:
+    """From here on each matrix in four bits stays whole beside them once the kernels have used it, until `let_go`."""
+    for layer in _four_bit_layers(model):
+        layer.kernel_base = Nf4(layer.weight, keep=True)
+
+
+def let_go(model: Any) -> str | None:
+    """Forget what `keep_whole` keeps, and say so; None: there is nothing."""
+    kept = [layer for layer in _four_bit_layers(model) if "kernel_base" in vars(layer)]
+    for layer in kept:
+        del layer.kernel_base
+    return "with matrices in four bits made whole at each use" if kept else None
+
+
+def _four_bit_layers(model: Any) -> list[Any]:
+    plain = [layer for layer in model.modules() if not hasattr(layer, "base_layer")]  # PEFT's wrappers show the weight that is within
+    return [layer for layer in plain if getattr(getattr(layer, "weight", None), "quant_state", None) is not None]
+
+
 def _plain(layer: Any, matrix: Tensor, dtype: torch.dtype) -> nn.Linear:
     """A frozen linear layer of a matrix, with the bias of the layer whose place it takes."""
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -80,24 +99,20 @@ class EightBitLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
-        self._base = Int8(layer.weight.detach()) if bits == "int8" else Fp8(layer.weight.detach())
-
-    def kernel_base(self) -> Base:
-        """What multiplies, for the kernels."""
-        return self._base
+        self.kernel_base: Int8 | Fp8 = Int8(layer.weight.detach()) if bits == "int8" else Fp8(layer.weight.detach())
 
     def matrix(self) -> Tensor:
         """What the layer multiplies by, float32 [outputs, inputs]: the weight that it had, rounded."""
-        return self._base.dense()
+        return self.kernel_base.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias, [..., outputs]."""
         rows = x.reshape(-1, self.in_features).to(product_dtype(x))
-        return linear(rows, Projection(None, self.bias, base=self._base)).view(*x.shape[:-1], self.out_features)
+        return linear(rows, Projection(None, self.bias, base=self.kernel_base)).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """As nn.Linear shows itself, with the form of the matrix."""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {type(self._base).__name__.lower()}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {type(self.kernel_base).__name__.lower()}"
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":  # to PEFT's merge, for one, an AttributeError alone would say nothing
@@ -127,7 +142,15 @@ def to_eight_bits(model: Any, bits: EightBit) -> int:
             raise RecipeError("this model does not fit into eight-bit floats", why=why, fix="set model.load_in_fp8 to false")
     for parent, name, layer in found:
         setattr(parent, name, EightBitLinear(layer, bits))
+    leave_file(model)
     return len(found)
+
+
+def leave_file(model: Any) -> None:
+    """Copy what is left of the weights in ordinary memory: as they were read they are pages of a file, all of which stay while one is in use."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if in_host_memory(tensor.device.type) and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def to_matrices(model: Any) -> int:

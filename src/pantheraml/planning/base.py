@@ -6,8 +6,9 @@ from typing import Literal
 
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device
+from pantheraml.planning.memory import MemoryEstimate
 from pantheraml.planning.shape import ModelShape
-from pantheraml.recipe.types import Recipe
+from pantheraml.recipe.types import LoRA, Recipe
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES_EACH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -50,6 +51,20 @@ def _multiplies_fp8(device: Device) -> bool:
     """NVIDIA GPUs do from compute capability 8.9 on (Ada, then Hopper); AMD's of 9.4 have another format of the same name."""
     major, _, minor = (device.capability or "").partition(".")
     return device.capability is None or (major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (8, 9))
+
+
+def whole_bytes(recipe: Recipe, shape: ModelShape, dtype: Dtype, memory: MemoryEstimate, budget_bytes: int) -> int:
+    """What it takes to keep each matrix in four bits in the dtype of the products as well; 0: it is made whole at each use.
+
+    Where that fits beside everything else, and nobody asked for less memory by hardware.checkpointing.
+    """
+    lora = recipe.adapter
+    if asked_quantizer(recipe) != "nf4" or recipe.hardware.checkpointing not in ("auto", "off"):
+        return 0
+    if not isinstance(lora, LoRA) or lora.dropout > 0 or lora.dora:  # PEFT computes with the four bits itself
+        return 0
+    size = sum(n_in * n_out for n_in, n_out in shape.linears) * BYTES_EACH[dtype]
+    return size if memory.total_bytes + size <= budget_bytes else 0
 
 
 def asked_quantizer(recipe: Recipe) -> str | None:

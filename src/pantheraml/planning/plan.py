@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,9 +12,9 @@ from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
-from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of
+from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of, whole_bytes
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
-from pantheraml.planning.compile import choose_compile
+from pantheraml.planning.compile import choose_compile, choose_graphs
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
 from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
@@ -33,6 +33,7 @@ class Plan:
     Attributes:
         dtype: of the arithmetic; weights that train are kept in float32.
         base_dtype: of the weights that do not train.
+        quantizer: how they are held where that is in fewer bits. whole: each matrix in four bits is also kept in `dtype`.
         max_tokens: longest example.
         row_tokens: the static row lengths, rising; a micro-batch has one of the shapes
             [micro_tokens // n, n] for n in row_tokens.
@@ -40,6 +41,7 @@ class Plan:
         packing: several examples share a row.
         levels: what each layer keeps for backward; see planning/levels.py.
         compile: torch compiles each layer.
+        graphs: forward and backward are recorded once a shape and replayed.
     """
 
     device: Device
@@ -48,6 +50,7 @@ class Plan:
     base_dtype: Dtype
     attention: str
     quantizer: str | None
+    whole: bool
     max_tokens: int
     row_tokens: tuple[int, ...]
     micro_tokens: int
@@ -55,6 +58,7 @@ class Plan:
     packing: bool
     levels: Levels
     compile: bool
+    graphs: bool
     threads: int | None
     lr: float
     memory: MemoryEstimate
@@ -101,6 +105,7 @@ class Plan:
             "micro_tokens": f"{self.micro_tokens}",
             "checkpointing": format_levels(self.levels),
             "compile": "on" if self.compile else "off",
+            "graphs": "on" if self.graphs else "off",
             "lr": f"{self.lr:g}",
             "memory": f"about {format_bytes(memory.total_bytes)}",
             "speed": speed,
@@ -185,7 +190,19 @@ def make_plan(
         fused=fused(recipe, shape),
         usd_per_hour=price.usd_per_hour,
     )
-    memory = micro.memory
+    graphs, reasons["graphs"] = choose_graphs(
+        recipe.hardware.graphs,
+        device,
+        fused=fused(recipe, shape),
+        lora=lora is not None,
+        levels=micro.levels,
+        compiled=compile_layers,
+        micro_batch_s=None if cost.tokens_per_s is None else micro.micro_tokens / cost.tokens_per_s,
+    )
+    whole = whole_bytes(recipe, shape, dtype, micro.memory, int((device.free_bytes or 0) * HEADROOM))
+    memory = replace(micro.memory, weights_bytes=micro.memory.weights_bytes + whole)
+    if whole:
+        reasons["base_dtype"] += f"; {format_bytes(whole)} are free to keep each matrix in {dtype} as well, so that it is made only once"
     reasons["memory"] = (
         f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
         f"optimizer {format_bytes(memory.optimizer_bytes)}, activations {format_bytes(memory.activations_bytes)}, "
@@ -209,6 +226,7 @@ def make_plan(
         base_dtype=base_dtype,
         attention=chosen_attention,
         quantizer=quantizer,
+        whole=whole > 0,
         max_tokens=max_tokens,
         row_tokens=row_tokens,
         micro_tokens=micro.micro_tokens,
@@ -216,6 +234,7 @@ def make_plan(
         packing=packing,
         levels=micro.levels,
         compile=compile_layers,
+        graphs=graphs,
         threads=threads,
         lr=lr,
         memory=memory,

@@ -178,6 +178,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         "num_threads": "hardware.threads",
         "gradient_checkpointing use_gradient_checkpointing activation_checkpointing": "hardware.checkpointing",
         "torch_compile use_compile torch_compile_mode": "hardware.compile",
+        "cuda_graphs cuda_graph use_cuda_graphs": "hardware.graphs",
         "output_dir out_dir output save_dir": "run.folder",
         "run_name project experiment": "run.name",
         "random_state random_seed": "run.seed",

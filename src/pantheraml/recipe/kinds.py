@@ -9,16 +9,17 @@ Kind = str
 
 
 class Row(NamedTuple):
-    """Where a kind is written (module:class), what people call it, and whether torch.compile makes a long run faster there."""
+    """Where a kind is written (module:class), what people call it, whether torch.compile makes a long run faster there, and whether steps are recorded."""
 
     backend: str
     family: Literal["tpu", "gpu", "cpu"]
     compiles: bool = False
+    records: bool = False
 
 
 KINDS: dict[Kind, Row] = {
     "tpu": Row("pantheraml.hardware.xla:XlaBackend", "tpu"),
-    "cuda": Row("pantheraml.hardware.cuda:CudaBackend", "gpu", compiles=True),
+    "cuda": Row("pantheraml.hardware.cuda:CudaBackend", "gpu", compiles=True, records=True),
     "xpu": Row("pantheraml.hardware.xpu:XpuBackend", "gpu", compiles=True),
     "mps": Row("pantheraml.hardware.mps:MpsBackend", "gpu"),
     "cpu": Row("pantheraml.hardware.cpu:CpuBackend", "cpu"),

@@ -174,6 +174,10 @@ class HardwareAsk(_Part):
         default="auto",
         description="Compile each layer with torch.compile, about a minute once. auto: on for a long run on a GPU, off where our kernels compute the layers.",
     )
+    graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Record forward and backward once a shape and replay them (CUDA graphs). auto: on where telling the GPU takes longer than computing.",
+    )
     allow_cpu: bool = Field(default=True, description="auto may take the CPU. Off: a machine without an accelerator is an error.")
     allow_tpu: bool = Field(default=True, description="auto may take a TPU.")
     simulate_tpu: bool = Field(default=False, description="Treat XLA on the CPU as a TPU, for trying things out; every report says so.")

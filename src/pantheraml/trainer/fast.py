@@ -20,6 +20,7 @@ from pantheraml.kernels.table import CPU_ROOM, installed, only_references
 from pantheraml.models.compiled import compiled_layers, keep_graphs
 from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.lora import fused_lora, stock_layers
+from pantheraml.models.quantize import keep_whole, let_go
 from pantheraml.planning.levels import rungs
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan
@@ -47,10 +48,21 @@ def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Deco
     return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away, compile=plan.compile)
 
 
+def relief(model: Any, decoder: Decoder | None) -> str | None:
+    """Keep less in memory from here on, and what that is; None: there is nothing that can be done without."""
+    return let_go(model) or (decoder.lower() if decoder else None)
+
+
 @contextmanager
 def made_fast(model: Any, decoder: Decoder | None, plan: Plan) -> Iterator[None]:
-    """Where the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so."""
+    """Where the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so.
+
+    And where the plan has room for it, matrices in four bits are kept whole.
+    """
     with ExitStack() as stack:
+        if plan.whole:
+            keep_whole(model)
+            stack.callback(let_go, model)
         if decoder is None:
             stack.enter_context(fused_lora(model))
             if plan.compile:

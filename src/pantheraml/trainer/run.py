@@ -20,6 +20,7 @@ import blake3
 from pantheraml.data.load import BadRows
 from pantheraml.data.prepare import Prepared, Records, prepare
 from pantheraml.engines.adamw import check_installed
+from pantheraml.engines.graphs import Graphs
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
@@ -40,7 +41,7 @@ from pantheraml.recipe.kinds import in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
-from pantheraml.trainer.fast import batches_of, decoder_of, layout_of, made_fast, prepare_kernels, rehearse, slower_than_could_be
+from pantheraml.trainer.fast import batches_of, decoder_of, layout_of, made_fast, prepare_kernels, rehearse, relief, slower_than_could_be
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
 from pantheraml.trainer.report import REPORT, monitored, summary, write_report
 from pantheraml.trainer.runs import Run
@@ -197,12 +198,13 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     decoder = decoder_of(model, plan, recipe, backend)
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
-    engine = TorchEngine(backend, recovery)
+    record = backend.recorder(plan.device.index) if plan.graphs else None
+    graphs = Graphs(record) if record else None
+    engine = TorchEngine(backend, recovery, graphs)
     prepare_kernels(plan, lambda said: console.print(said, markup=False, highlight=False))
     if plan.checkpointing and in_host_memory(plan.device.kind):
         return_freed_memory()
-    relief = decoder.lower if decoder else lambda: None
-    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=relief)
+    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=lambda: relief(model, decoder))
 
     # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.
     samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
@@ -249,6 +251,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
 
     notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
     notes += slower_than_could_be(model, plan)
+    notes += [graphs.said] if graphs else []
     kept = position.step
     if rhythm.keep_best and position.best_step not in (None, position.step):
         try:
@@ -344,6 +347,8 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
         asked["threads"] = fresh.threads
     if recipe.hardware.compile != "auto":
         asked["compile"] = fresh.compile
+    if recipe.hardware.graphs != "auto":
+        asked["graphs"] = fresh.graphs
     if recipe.batch.micro_tokens != "auto":
         asked["micro_tokens"] = fresh.micro_tokens
     changed = {choice: value for choice, value in asked.items() if getattr(stored, choice) != value}
