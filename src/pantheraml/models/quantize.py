@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pantheraml.errors import MissingExtra, PantheraError, RecipeError
 from pantheraml.kernels.fp8 import Fp8, unfit
 from pantheraml.kernels.int8 import Int8
-from pantheraml.kernels.linear import Base, Projection, linear
+from pantheraml.kernels.linear import Projection, linear
 from pantheraml.kernels.nf4 import Nf4
 from pantheraml.models.lora import product_dtype
 from pantheraml.recipe.kinds import in_host_memory
