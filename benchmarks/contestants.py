@@ -351,7 +351,8 @@ def _recipe(task: Task) -> dict[str, Any]:
 def _planned(path: Path) -> str:
     """What the plan chose, in a few words; what is said of each layer is counted."""
     plan = json.loads(path.read_text("utf-8"))
-    said = [f"{choice}={plan[choice]}" for choice in ("dtype", "quantizer", "micro_tokens", "packing", "checkpointing") if choice in plan]
+    said = [f"{choice}={plan[choice]}" for choice in ("dtype", "quantizer", "micro_tokens", "packing")]
+    said += [choice for choice in ("whole", "compile", "graphs") if plan[choice]]
     layers = Counter(plan.get("levels", ()))
     return ", ".join(said + [f"{count} layers {level}" for level, count in layers.items()])
 

@@ -332,11 +332,11 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
     """The loop of the main path, without saving."""
     from rich.console import Console
 
-    from pantheraml.data.pack import pack_step
     from pantheraml.engines.torch_engine import TorchEngine
     from pantheraml.hardware.backend import open_backend
     from pantheraml.trainer import loop
     from pantheraml.trainer.checkpoint import Checkpoints
+    from pantheraml.trainer.fast import decoder_of, layout_of, prepare_kernels
     from pantheraml.trainer.run import survey
     from pantheraml.trainer.sft import sft_loss
     from pantheraml.trainer.watch import Watch
@@ -345,11 +345,12 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
     view = survey(recipe_for(room, model, total, threads, "speed"))
     recipe, plan, backend = view.recipe, view.plan, open_backend("cpu")
     adapter = adapted(model)
+    decoder = decoder_of(adapter, plan, recipe, backend)
+    layout = layout_of(plan, view.tokenizer, trim=True, rows=decoder is None)
+    prepare_kernels(plan, lambda said: print(said, file=sys.stderr))
     engine = TorchEngine(backend)
-    engine.prepare(adapter, sft_loss(adapter), recipe.optim, plan, seed=SEED)
+    engine.prepare(adapter, sft_loss(adapter, decoder), recipe.optim, plan, seed=SEED)
     source = view.data.source(batch_size=plan.batch_size, seed=SEED, epochs=1.0, steps=total)
-    pad = view.tokenizer.pad_token_id
-    assert isinstance(pad, int)
     rate = loop.schedule(recipe.optim, plan.lr, total)
     folder = room / "runs" / "speed"
     folder.mkdir(parents=True)
@@ -365,9 +366,7 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
         loop.run(
             engine,
             source,
-            lambda examples: pack_step(
-                examples, row_tokens=plan.row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=True
-            ),
+            layout,
             [],
             rate,
             loop.Rhythm(total=end, log=10, eval=None, save=None, early_stop=None, keep_best=False),

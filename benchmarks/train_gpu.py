@@ -12,7 +12,7 @@ it (keep), all but what is cheap to compute again (cheap), only the inputs of th
 the host's memory (offload). Three warm-ups, then the median of the steps, each between two synchronisations.
 
 Memory is the most that torch had allocated on the device during the steps; `reserved` is what it had taken from the driver.
-`start` is the time from the beginning of the process to the first step, and `first step` that step, compilation included.
+`start` is the time from the beginning of the process to the first step, without the writing of weights, and `first step` that step, compilation included.
 A contestant that is not installed is named and left out. Without a GPU, `--device cpu --shape tiny` runs the same code on
 a model that is good for nothing else; such figures are marked.
 
@@ -119,8 +119,10 @@ def main() -> int:
     if asked.device != "cpu" and (missing := no_gpu(asked.device)):
         print(missing, file=sys.stderr)
         return 2
+    before = time.perf_counter()
     for shape in asked.shape:
         prepare(shape, asked)
+    asked.prepared_s = time.perf_counter() - before
     match asked.contestant:
         case "weights":
             return 0
@@ -166,9 +168,10 @@ def prepare(shape: str, asked: argparse.Namespace) -> None:
 class Stopwatch:
     """A lane with one runner: steps begin at once, and each is timed between two synchronisations of the device."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, prepared_s: float) -> None:
         import torch
 
+        self._prepared_s = prepared_s
         self._gpu: Any = None if device == "cpu" else torch.accelerator
         self.settings = ""
         self.start_s = self._began = 0.0
@@ -176,7 +179,7 @@ class Stopwatch:
 
     def ready(self, settings: str) -> None:
         """See `contestants.Lane`. What is counted as memory begins here."""
-        self.settings, self.start_s = settings, time.perf_counter() - BEGAN
+        self.settings, self.start_s = settings, time.perf_counter() - BEGAN - self._prepared_s
         if self._gpu:
             self._gpu.reset_peak_memory_stats()
 
@@ -223,7 +226,7 @@ def run_one(asked: argparse.Namespace) -> int:
             device=asked.device,
             settings=settings_of(entry, data),
         )
-        lane = Stopwatch(asked.device)
+        lane = Stopwatch(asked.device, asked.prepared_s)
         try:
             TRAINERS[entry.who](task, lane)
         except Absent as absent:

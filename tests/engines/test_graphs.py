@@ -217,7 +217,9 @@ def test_there_are_few_lengths() -> None:
 def test_a_longer_row_has_the_same_examples_and_one_without_labels() -> None:
     (micro,) = drawn_steps(1)[0].micro
     ids, positions, labels = (array[:, :41] for array in (micro.input_ids, micro.position_ids, micro.labels))
-    longer = lengthened(ids, positions, labels)
+    longer = lengthened(ids, positions, labels, most=128)
+    assert lengthened(ids, positions, labels, most=42)[0].shape == (1, 42)
+    assert lengthened(ids, positions, labels, most=8)[0] is ids
     assert [array.shape for array in longer] == [(1, 44)] * 3 and [array.dtype for array in longer] == [np.int64] * 3
     for given, made in zip((ids, positions, labels), longer, strict=True):
         np.testing.assert_array_equal(made[:, :41], given)
@@ -225,12 +227,12 @@ def test_a_longer_row_has_the_same_examples_and_one_without_labels() -> None:
     np.testing.assert_array_equal(segments(longer[1])[0], [*starts, 44])
     np.testing.assert_array_equal(labelled_tokens(longer[2]), labelled_tokens(labels))
     two = tuple(np.repeat(array, 2, axis=0) for array in (ids, positions, labels))
-    assert all(made is given for made, given in zip(lengthened(*two), two, strict=True))
+    assert all(made is given for made, given in zip(lengthened(*two, most=128), two, strict=True))
 
 
 def test_what_is_added_to_a_batch_counts_for_nothing() -> None:
     (micro,) = drawn_steps(1)[0].micro
-    batch = micro_tensors(*lengthened(micro.input_ids, micro.position_ids, micro.labels), torch.device("cpu"))
+    batch = micro_tensors(*lengthened(micro.input_ids, micro.position_ids, micro.labels, most=128), torch.device("cpu"))
     more = recurring(batch)
     tokens, examples, labelled = batch.input_ids.numel(), len(batch.starts) - 1, len(batch.labelled)
     assert more.starts.dtype == torch.int32 and more.labelled.dtype == torch.int64

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.kernels.interpreted import DEVICES
 from tests.kernels.test_attention_triton import BF16, F16, F32, check, cut, eager, inputs, sees
-from torch import Tensor
+from torch import Tensor, library
 
 import triton  # isort: skip  # once it is known to be there
 from triton.backends.compiler import GPUTarget  # isort: skip
@@ -100,11 +100,11 @@ def flash_on_the_cpu() -> Iterator[None]:
         dk, dv = (each.unflatten(0, (k.shape[1], -1)).sum(1) for each in (dk, dv))
         return tuple(each.transpose(0, 1).to(q.dtype) for each in (dq, dk, dv))
 
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", forward, "CPU")
-    library.impl("_flash_attention_backward", backward, "CPU")
+    stand_in = library.Library("aten", "IMPL")
+    stand_in.impl("_flash_attention_forward", forward, "CPU")
+    stand_in.impl("_flash_attention_backward", backward, "CPU")
     yield
-    library._destroy()
+    stand_in._destroy()
 
 
 @pytest.mark.parametrize("window", [0, 1, 7])

@@ -68,6 +68,16 @@ def test_the_gradient_of_the_input_is_that_of_the_same_matrix(shape: tuple[int, 
     assert ((found.double() - exact).abs() <= 1.0001 * bound + RESULT * (exact.abs() + bound)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_added_is_added_and_left_as_it_was(dtype: torch.dtype) -> None:
+    base, x, grad = Fp8(drawn(48, 32)), drawn(7, 32, seed=1).to(dtype), drawn(7, 48, seed=2).to(dtype)
+    forward, backward = drawn(7, 48, seed=3).to(dtype), drawn(7, 32, seed=4).to(dtype)
+    before = (forward.clone(), backward.clone())
+    assert base.forward(base.prepare(x), forward).equal(base.forward(base.prepare(x)) + forward)
+    assert base.backward(grad, backward).equal(base.backward(grad) + backward)
+    assert before[0].equal(forward) and before[1].equal(backward)
+
+
 def test_what_is_rounded_twice_is_rounded_independently() -> None:
     """A value of four bits is wrong by 1 / (2 sqrt(3)) of its last bit, between 1/16 and 1/8 of it: 2.6 % of a normal row."""
     base, x = Fp8(drawn(304, 1008)), drawn(200, 1008, seed=1)

@@ -97,6 +97,22 @@ def test_the_gradient_of_the_input_is_that_of_the_same_matrix(
     assert ((found.double() - exact).abs() <= 1.0001 * bound + result_rounding(exact, dtype)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_added_is_added_and_left_as_it_was(dtype: torch.dtype, product: Any, rounding: str) -> None:
+    base, x, grad = Int8(drawn(48, 20)), drawn(7, 20, seed=1).to(dtype), drawn(7, 48, seed=2).to(dtype)
+    forward, backward = drawn(7, 48, seed=3).to(dtype), drawn(7, 20, seed=4).to(dtype)
+    before = (forward.clone(), backward.clone())
+    pairs = (
+        (base.forward(base.prepare(x), forward), base.forward(base.prepare(x)), forward),
+        (base.backward(grad, backward), base.backward(grad), backward),
+    )
+    for found, product_alone, added in pairs:
+        exact = product_alone.double() + added.double()
+        assert found.dtype == dtype
+        assert ((found.double() - exact).abs() <= result_rounding(exact, dtype) + result_rounding(product_alone.double(), dtype)).all()
+    assert before[0].equal(forward) and before[1].equal(backward)
+
+
 def test_the_error_is_that_of_independent_roundings(product: Any) -> None:
     """The bounds above would also pass if every rounding went the same way."""
     base, x = Int8(drawn(300, 1000)), drawn(200, 1000, seed=1)

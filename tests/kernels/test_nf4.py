@@ -59,6 +59,15 @@ def test_products_are_those_of_the_matrix(rows: int, dtype: torch.dtype) -> None
     torch.testing.assert_close(base.backward(grad), grad @ dense, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_what_is_added_is_added_and_left_as_it_was() -> None:
+    base, x, grad = Nf4(held(drawn(48, 128))), drawn(7, 128, seed=1), drawn(7, 48, seed=2)
+    forward, backward = drawn(7, 48, seed=3), drawn(7, 128, seed=4)
+    before = (forward.clone(), backward.clone())
+    torch.testing.assert_close(base.forward(base.prepare(x), forward), base.forward(base.prepare(x)) + forward)
+    torch.testing.assert_close(base.backward(grad, backward), base.backward(grad) + backward)
+    assert before[0].equal(forward) and before[1].equal(backward)
+
+
 def test_rows_in_another_dtype_than_the_weights_keep_it() -> None:
     base = Nf4(held(drawn(48, 128).bfloat16()))
     x = drawn(3, 128, seed=1)

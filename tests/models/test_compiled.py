@@ -54,7 +54,7 @@ def losses(model: Any, loss: Any, plan: Any, batches: list[StepBatch]) -> list[f
     return [value.loss for value in engine.read([engine.step(batch, k, 1e-2) for k, batch in enumerate(batches)])]
 
 
-@pytest.mark.parametrize("level", [pytest.param("cheap", marks=pytest.mark.slow), "keep", "all", "offload"])
+@pytest.mark.parametrize("level", [pytest.param("cheap", marks=pytest.mark.slow), "keep", "all"])
 def test_by_the_kernels_there_are_three_graphs(level: Any, small: Any, examples: list[Example], plan_of: Any, graphs: Any) -> None:
     found: list[list[float]] = []
     for compile in (False, True):

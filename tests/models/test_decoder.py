@@ -152,16 +152,17 @@ def test_levels_give_the_same_bits(
     model = attach(small(family).to(dtype), LoRA(rank=4), seed=7).train()
     moved(model)
     batches = layouts(examples)
-    same: list[tuple[Level, ...]] = [("keep", "keep"), ("all", "all"), ("all", "keep"), ("offload", "offload")]
+    same: list[tuple[Level, ...]] = [("keep", "keep"), ("all", "all"), ("all", "keep")]
     for layout in ("packed", "no label", "rows of one token"):
         batch = batches[layout]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss, wanted = ours(model, batch)
             for levels in same:
-                host = HostMemory(CPU, pinned=False)
-                again, found = ours(model, batch, levels, host=host)
+                again, found = ours(model, batch, levels)
                 assert torch.equal(again, loss) and all(torch.equal(found[name], wanted[name]) for name in wanted), (layout, levels)
             again, found = ours(model, batch, ("tiled",) * 2)
+            away, brought = ours(model, batch, ("offload",) * 2, host=HostMemory(CPU, pinned=False))
+            assert torch.equal(away, again) and all(torch.equal(brought[name], found[name]) for name in found), layout
         # A product of fewer rows may sum in another order; the gradient of an adapter is a sum over pieces.
         assert again.item() == pytest.approx(loss.item(), rel=1e-5 if dtype == torch.float32 else 1e-2)
         assert max(errors(found, wanted).values()) < (1e-4 if dtype == torch.float32 else 5e-2), layout

@@ -365,12 +365,12 @@ def test_what_is_kept_whole_gives_the_same_and_can_be_let_go(
     for found in (gradients(), gradients()):
         assert len(found) == len(wanted) and all(mine.equal(true) for mine, true in zip(found, wanted, strict=True))
     assert len(made) == four_bits
-    assert relief(model, Decoder(model)) == "with matrices in four bits made whole at each use"
+    assert relief(model, Decoder(model), None) == "with matrices in four bits made whole at each use"
     made.clear()
     assert all(mine.equal(true) for mine, true in zip(gradients(), wanted, strict=True))
     assert len(made) == len(step.micro) * (2 * four_bits - 3)
-    assert let_go(model) is None and relief(model, None) is None
-    assert relief(model, Decoder(model, ("keep", "keep"), allowed=("keep", "cheap"))) == "with layers at 2 cheap"
+    assert let_go(model) is None and relief(model, None, None) is None
+    assert relief(model, Decoder(model, ("keep", "keep"), allowed=("keep", "cheap")), None) == "with layers at 2 cheap"
 
 
 def up_of(model: Any) -> Tensor:

@@ -214,7 +214,7 @@ def test_layers_are_compiled_where_it_pays(kind: str, fused: bool, asked: str, s
     assert found == compiles and said in reason
 
 
-CAN: dict[str, Any] = {"fused": True, "lora": True, "levels": ("keep",) * 30, "compiled": False, "micro_batch_s": 0.01}
+CAN: dict[str, Any] = {"fused": True, "lora": True, "levels": ("keep",) * 30, "compiled": False, "fits": True, "micro_batch_s": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,7 @@ CAN: dict[str, Any] = {"fused": True, "lora": True, "levels": ("keep",) * 30, "c
         ("cuda", {"fused": False}, False, "random numbers"),
         ("cuda", {"lora": False}, False, "every weight trains"),
         ("cuda", {"compiled": True}, False, "torch compiles"),
+        ("cuda", {"fits": False}, False, "no room"),
         ("cuda", {"levels": ("all", "offload")}, False, "ordinary memory"),
         ("xpu", {}, False, "nothing is recorded on xpu"),
         ("cpu", {}, False, "nothing is recorded on cpu"),

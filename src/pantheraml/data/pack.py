@@ -105,11 +105,17 @@ def divided(micro: MicroBatch, parts: int) -> Iterator[tuple[np.ndarray, np.ndar
         yield ids, positions, labels
 
 
-def lengthened(input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A single row [1, T], so long that the same length comes again soon; more rows as they are. What is added is an example without labels."""
+def lengthened(
+    input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, *, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A single row [1, T], so long that the same length comes again soon; more rows as they are. What is added is an example without labels.
+
+    Args:
+        most: tokens up to which a row is lengthened.
+    """
     rows, tokens = input_ids.shape
-    more = next_length(tokens) - tokens
-    if rows > 1 or not more:
+    more = min(next_length(tokens), most) - tokens
+    if rows > 1 or more <= 0:
         return input_ids, position_ids, labels
     added = (np.zeros((1, more), np.int64), np.arange(more)[None], np.full((1, more), IGNORED))
     ids, positions, all_labels = (np.concatenate(pair, axis=1) for pair in zip((input_ids, position_ids, labels), added, strict=True))

@@ -15,7 +15,7 @@ from pantheraml.hardware.backend import Recorder
 MOST_SHAPES = 32
 TOLERANCE = 1e-2
 """How far a recording's loss, and its gradients in the 2-norm, may be from the usual ones: attention's gradient on a GPU adds up in
-another order each time, in bfloat16. A value that was fixed when it should not have been is further off."""
+another order each time, in bfloat16."""
 
 Compute = Callable[[MicroTensors, Tensor], Tensor]
 """(batch, divisor) -> the sum of its losses; the gradients of it / divisor were added to those that are there."""
@@ -42,7 +42,8 @@ class Graphs:
     """Recordings by shape. A shape is computed as usual when it comes first, recorded when it comes again, and then replayed.
 
     A recording must first come to the loss and the gradients that the usual way came to with the same micro-batch; that
-    waits for the device, once a shape. If it does not, or cannot be made, nothing is recorded from then on. Nothing random may be in it.
+    waits for the device, once a shape. If it does not, or cannot be made, nothing is recorded from then on. Nothing random may be in
+    it, and nothing that the host decides by what stands in a batch: with another batch of the same shape that would not be found out.
 
     Args:
         record: see `Backend.recorder`.
@@ -63,6 +64,15 @@ class Graphs:
         """Let go of all recordings and their memory, as what they read or write is no longer there."""
         self._recordings.clear()
         self._seen.clear()
+        self._gradients = None
+
+    def stop(self, why: str) -> str | None:
+        """Record and replay nothing from here on, and say so; None: that is so already."""
+        if self.trouble is not None:
+            return None
+        self.trouble = why
+        self.forget()
+        return "without recorded steps"
 
     def backward(self, batch: MicroTensors, divisor: Tensor, compute: Compute, gradients: Tensor) -> Tensor:
         """compute(batch, divisor), by a recording where there is one. The result is overwritten by the next call.
@@ -90,9 +100,9 @@ class Graphs:
             again = self._recordings[shape].run(batch, divisor)
             self.recorded += 1
             if not (_close(again, loss) and _close(gradients - before, found - before)):
-                self._stop("a recording came to another loss or other gradients")
+                self.stop("a recording came to another loss or other gradients")
         except (RuntimeError, MemoryError) as error:
-            self._stop((str(error).strip() or type(error).__name__).splitlines()[0])
+            self.stop((str(error).strip() or type(error).__name__).splitlines()[0])
         gradients.copy_(found)
         return loss
 
@@ -107,10 +117,6 @@ class Graphs:
         by = divisor.clone()
         loss, run = self._record(lambda: compute(mine, by))
         return _Recording(mine, by, loss, run)
-
-    def _stop(self, why: str) -> None:
-        self.trouble = why
-        self.forget()
 
 
 def recurring(batch: MicroTensors) -> MicroTensors:

@@ -92,14 +92,15 @@ class TorchEngine:
         total = torch.zeros((), device=self._device)
         gradients = self._flat.zero_gradients()
         count = max(1, batch.label_count)
-        divisor = None if self._graphs is None else torch.full((), count, dtype=torch.float32, device=self._device)
+        graphs = self._graphs if self._graphs is not None and self._graphs.trouble is None else None
+        divisor = torch.full((), count, dtype=torch.float32, device=self._device)
         try:
             for micro in batch.micro:
-                for part in self._on_device(micro, parts, again=divisor is not None):
-                    if self._graphs is None or divisor is None:
+                for part in self._on_device(micro, parts, again=graphs is not None):
+                    if graphs is None:
                         total += self._backward(part, count)
                     else:
-                        total += self._graphs.backward(part, divisor, self._backward, gradients)
+                        total += graphs.backward(part, divisor, self._backward, gradients)
         except (RuntimeError, MemoryError):
             self._flat.drop_gradients()
             if self._graphs is not None:
@@ -177,7 +178,9 @@ class TorchEngine:
         later steps keep to that number of parts, then no more.
         """
         for arrays in divided(micro, parts):
-            made = micro_tensors(*(lengthened(*arrays) if again else arrays), self._device, pinned=self._backend.pinned_memory)
+            made = micro_tensors(
+                *(lengthened(*arrays, most=self._plan.micro_tokens) if again else arrays), self._device, pinned=self._backend.pinned_memory
+            )
             yield recurring(made) if again else made
 
     @contextmanager
@@ -201,7 +204,7 @@ class TorchEngine:
             f"set batch.micro_tokens to {shorter} (the result stays the same)"
             if shorter < at_once
             else "set hardware.checkpointing to on"
-            if not plan.checkpointing
+            if not plan.checkpointing and not self._recovery.reliefs
             else f"set model.max_tokens below {plan.row_tokens[-1]}, or choose a smaller model"
         )
         tried = f", and still does in {parts} parts" if parts > 1 else ""

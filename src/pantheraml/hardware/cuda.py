@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -130,12 +131,19 @@ class CudaBackend:
 
     def recorder(self, index: int) -> Recorder:
         """CUDA graphs that share a pool of memory, as they never run at the same time. Not run on a GPU yet."""
-        pool = torch.cuda.graph_pool_handle()
+        alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
         def record(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(index), torch.cuda.graph(graph, pool=pool):
-                result = compute()
+            # The allocator lets go of a pool with its last graph.
+            pool = next((graph.pool() for graph in alive), None) or torch.cuda.graph_pool_handle()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(index)
+            # Other threads may go on asking the driver, as the monitor does.
+            try:
+                with torch.cuda.device(index), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    result = compute()
+            finally:
+                torch.cuda.set_stream(stream)  # torch leaves its own one in place where a recording fails
+            alive.add(graph)
             return result, graph.replay
 
         return record

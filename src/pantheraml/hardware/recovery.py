@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
 
@@ -67,7 +68,7 @@ class Failure:
         if self.next_parts is None:
             return f"{said}: {self.message}"
         if self.relief is not None:
-            return f"{said} ({free}): it is taken again, from here on {self.relief}; the result stays the same"
+            return f"{said} ({free}): it is taken again, from here on {self.relief}; the result stays the same but for rounding"
         if self.next_parts == self.parts:
             return f"{said} ({self.message}): it is tried again"
         return f"{said} ({free}): it is taken again, from here on in {self.next_parts} parts; the batch and its mean loss stay the same"
@@ -97,6 +98,8 @@ class Recovery:
         self.announce = announce
         self.parts = 1
         """In how many parts each micro-batch is taken from here on."""
+        self.reliefs = 0
+        """How often the work came to need less memory instead."""
         self.counts: Counter[FailureKind] = Counter()
         self.history: list[Failure] = []
         self.said: list[str] = []
@@ -105,9 +108,9 @@ class Recovery:
         self._halvings = 0
         self._relief: Callable[[], str | None] = lambda: None
 
-    def restore(self, parts: int, said: Sequence[str]) -> None:
-        """Go on like a recovery that had come to `parts`, a power of two; its halvings count."""
-        self.parts, self.said, self._halvings = parts, list(said), parts.bit_length() - 1
+    def restore(self, parts: int, said: Sequence[str], reliefs: int = 0) -> None:
+        """Go on like a recovery that had come to `parts`, a power of two; its halvings count. The reliefs are the caller's to repeat."""
+        self.parts, self.said, self.reliefs, self._halvings = parts, list(said), reliefs, parts.bit_length() - 1
 
     def attempts(
         self,
@@ -158,7 +161,7 @@ class Recovery:
         if kind != "out of memory":
             next_parts = parts if in_a_row[kind] <= self.retries.get(kind, 0) else None
         elif self.retries.get(kind, 0) and (said := self._relief()) is not None:
-            next_parts = parts
+            next_parts, self.reliefs = parts, self.reliefs + 1
         elif self._halvings < self.retries.get(kind, 0):
             next_parts = next((more for more in ladder if more > parts), None)
             self._halvings += next_parts is not None
@@ -183,7 +186,8 @@ class Recovery:
         except ImportError:
             return None
         if found:
-            found[0].empty_cache()
+            with suppress(RuntimeError):  # a recording that failed may still hold the allocator
+                found[0].empty_cache()
         return self._free()
 
 

@@ -155,20 +155,66 @@ struct Matrix {  // [tokens][heads][width], any distance between tokens and head
   T* at(int64_t t, int64_t h) const { return at_first + t * token + h * head; }
 };
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// What one thread does at a time: queries [from, to) of an example and a key head, or all that see keys [from, to), or both.
 struct Task {
-  int64_t start, length, key;
+  int64_t start, length, key, from, to;
+  bool queries, keys;
+  double work;  // pairs of tokens
 };
 
-// One task for each example and key head, the longest first.
-std::vector<Task> tasks_of(const int32_t* starts, int64_t examples, int64_t keys) {
-  std::vector<Task> tasks;
-  for (int64_t s = 0; s < examples; s++)
-    for (int64_t h = 0; h < keys && starts[s + 1] > starts[s]; h++) tasks.push_back({starts[s], starts[s + 1] - starts[s], h});
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.length > b.length; });
-  return tasks;
+// Pairs of a query and a key that it sees.
+inline double pairs_of(int64_t length, int64_t window) {
+  double seen = window ? std::min(length, window) : length;
+  return seen * length - seen * seen / 2;
 }
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Where a part of an example of so many tokens ends, so that all parts are about as much work: a query sees the keys before it, or
+// nearly always a whole window of them.
+inline int64_t cut(int64_t length, int64_t window, int64_t part, int64_t parts, bool by_keys) {
+  if (part == parts) return length;
+  double share = (double)part / parts;
+  if (!window || 2 * window > length) share = by_keys ? 1 - std::sqrt(1 - share) : std::sqrt(share);
+  return std::min(length, round_up((int64_t)(share * length), KEYS));
+}
+
+// The tasks, most work first. One for each example and key head, unless threads would wait for each other: then those that are too
+// long are cut. Each number is summed in the same order either way.
+std::vector<Task> tasks_of(const int32_t* starts, int64_t examples, const Shape& shape, int threads, bool backward) {
+  std::vector<Task> whole;
+  double total = 0;
+  for (int64_t s = 0; s < examples; s++) {
+    int64_t length = starts[s + 1] - starts[s];
+    double work = pairs_of(length, shape.window);
+    for (int64_t h = 0; h < shape.keys && length; h++) whole.push_back({starts[s], length, h, 0, length, true, backward, work});
+    total += shape.keys * work;
+  }
+  auto most_first = [](std::vector<Task>& tasks) {
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work > b.work; });
+  };
+  most_first(whole);
+  std::vector<double> busy(threads, 0.);
+  for (const Task& task : whole) *std::min_element(busy.begin(), busy.end()) += task.work;
+  // A cut task computes seven products instead of five in backward.
+  double fair = total / threads, cost = backward ? 7. / 5 : 1;
+  if (*std::max_element(busy.begin(), busy.end()) <= 1.1 * cost * fair) return whole;
+  std::vector<Task> tasks;
+  for (const Task& task : whole) {
+    int64_t parts = std::min((int64_t)std::ceil(4 * task.work / fair), round_up(task.length, KEYS) / KEYS);
+    if (task.work <= fair / 2 || parts < 2) {
+      tasks.push_back(task);
+      continue;
+    }
+    for (int64_t part = 0; part < parts; part++)
+      for (bool by_keys : {false, true}) {
+        int64_t from = cut(task.length, shape.window, part, parts, by_keys), to = cut(task.length, shape.window, part + 1, parts, by_keys);
+        if (from < to && (backward || !by_keys)) tasks.push_back({task.start, task.length, task.key, from, to, !by_keys, by_keys, task.work / parts});
+      }
+  }
+  most_first(tasks);
+  return tasks;
+}
 
 // The first block of keys that a block of queries starting at i can see.
 inline int64_t first_key(const Shape& s, int64_t i) { return s.window ? std::max<int64_t>(0, i - s.window + 1) / KEYS * KEYS : 0; }
@@ -203,7 +249,7 @@ template <typename P, typename T>
 void forward(Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, T* out, float* lse, const int32_t* starts, int64_t examples, Shape s,
              int threads) {
   using E = typename P::E;
-  std::vector<Task> tasks = tasks_of(starts, examples, s.keys);
+  std::vector<Task> tasks = tasks_of(starts, examples, s, threads, false);
   int64_t groups = s.heads / s.keys, D = s.width;
 #pragma omp parallel num_threads(threads)
   {
@@ -213,15 +259,15 @@ void forward(Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, T* out, fl
     Block block;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < (int64_t)tasks.size(); task++) {
-      auto [start, length, key] = tasks[task];
-      int64_t padded_length = round_up(length, KEYS);
-      keys.resize(length * D), values.assign(D * padded_length, E{});
-      for (int64_t j = 0; j < length; j++)
+      const auto& [start, length, key, from, to, is_queries, is_keys, work] = tasks[task];
+      int64_t first = first_key(s, from), padded = round_up(to - first, KEYS);
+      keys.resize((to - first) * D), values.assign(D * padded, E{});
+      for (int64_t j = first; j < to; j++)
         for (int64_t d = 0; d < D; d++) {
-          assign(keys[j * D + d], k.at(start + j, key)[d]);
-          assign(values[d * padded_length + j], v.at(start + j, key)[d]);
+          assign(keys[(j - first) * D + d], k.at(start + j, key)[d]);
+          assign(values[d * padded + j - first], v.at(start + j, key)[d]);
         }
-      for (int64_t i = 0; i < length; i += QUERIES) {
+      for (int64_t i = from; i < to; i += QUERIES) {
         block.open(i, length, groups);
         int64_t R = block.padded;
         rows.resize(block.rows);
@@ -230,8 +276,8 @@ void forward(Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, T* out, fl
         scores.resize(KEYS * R), weights.resize(KEYS * R);
         result.assign(D * R, 0.f), most.assign(R, -1e30f), total.assign(R, 0.f);
         for (int64_t j = first_key(s, i); j < i + block.tokens; j += KEYS) {
-          int64_t n = std::min(KEYS, length - j);
-          product<P>(&keys[j * D], D, queries.data(), R, scores.data(), R, n, R, D, false);
+          int64_t n = std::min(KEYS, to - j);
+          product<P>(&keys[(j - first) * D], D, queries.data(), R, scores.data(), R, n, R, D, false);
           bool edge = j + n > i + 1 || (s.window && j < i + block.tokens - s.window);
           for (int64_t c = 0; c < R; c += WIDTH) {
             Floats before = load(&most[c]), top = before;
@@ -254,13 +300,13 @@ void forward(Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, T* out, fl
             store(&total[c], sums);
             for (int64_t d = 0; d < D; d++) store(&result[d * R + c], load(&result[d * R + c]) * shrink);
           }
-          product<P>(&values[j], padded_length, weights.data(), R, result.data(), R, D, R, KEYS, true);
+          product<P>(&values[j - first], padded, weights.data(), R, result.data(), R, D, R, KEYS, true);
         }
         for (int64_t r = 0; r < block.rows; r++) {
           int64_t token = start + i + r / groups, head = key * groups + r % groups;
-          T* to = out + (token * s.heads + head) * D;
+          T* row = out + (token * s.heads + head) * D;
           float share = 1.f / total[r];
-          for (int64_t d = 0; d < D; d++) assign(to[d], result[d * R + r] * share);
+          for (int64_t d = 0; d < D; d++) assign(row[d], result[d * R + r] * share);
           lse[head * s.tokens + token] = most[r] + std::log(total[r]);
         }
       }
@@ -272,7 +318,7 @@ template <typename P, typename T>
 void backward(Matrix<const T> dout, Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, Matrix<const T> out, const float* lse, T* dq,
               T* dk, T* dv, const int32_t* starts, int64_t examples, Shape s, int threads) {
   using E = typename P::E;
-  std::vector<Task> tasks = tasks_of(starts, examples, s.keys);
+  std::vector<Task> tasks = tasks_of(starts, examples, s, threads, true);
   int64_t groups = s.heads / s.keys, D = s.width;
 #pragma omp parallel num_threads(threads)
   {
@@ -282,17 +328,20 @@ void backward(Matrix<const T> dout, Matrix<const T> q, Matrix<const T> k, Matrix
     Block block;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < (int64_t)tasks.size(); task++) {
-      auto [start, length, key] = tasks[task];
-      int64_t padded_length = round_up(length, KEYS);
-      keys.resize(length * D), values.resize(length * D), turned_keys.assign(D * padded_length, E{});
-      for (int64_t j = 0; j < length; j++)
+      const auto& [start, length, key, from, to, is_queries, is_keys, work] = tasks[task];
+      int64_t first = is_queries ? first_key(s, from) : from, end = is_keys ? to : std::min(length, to);
+      // Queries that see one of these keys.
+      int64_t last = !is_keys ? to : s.window ? std::min(length, to + s.window - 1) : length;
+      int64_t count = end - first, padded = round_up(count, KEYS);
+      keys.resize(count * D), values.resize(count * D), turned_keys.assign(D * padded, E{});
+      for (int64_t j = 0; j < count; j++)
         for (int64_t d = 0; d < D; d++) {
-          assign(keys[j * D + d], k.at(start + j, key)[d]);
-          assign(values[j * D + d], v.at(start + j, key)[d]);
-          turned_keys[d * padded_length + j] = keys[j * D + d];
+          assign(keys[j * D + d], k.at(start + first + j, key)[d]);
+          assign(values[j * D + d], v.at(start + first + j, key)[d]);
+          turned_keys[d * padded + j] = keys[j * D + d];
         }
-      sum_k.assign(padded_length * D, 0.f), sum_v.assign(padded_length * D, 0.f);
-      for (int64_t i = 0; i < length; i += QUERIES) {
+      if (is_keys) sum_k.assign(padded * D, 0.f), sum_v.assign(padded * D, 0.f);
+      for (int64_t i = from; i < last; i += QUERIES) {
         block.open(i, length, groups);
         int64_t R = block.padded;
         rows.resize(block.rows), drows.resize(block.rows), norms.assign(R, 0.f), deltas.assign(R, 0.f);
@@ -307,15 +356,18 @@ void backward(Matrix<const T> dout, Matrix<const T> q, Matrix<const T> k, Matrix
         }
         queries.resize(D * R), turned<P>(rows.data(), block.rows, R, D, queries.data());
         grads.resize(D * R), turned<P>(drows.data(), block.rows, R, D, grads.data());
-        query_pairs.resize(D * R), paired<P>(rows.data(), block.rows, R, D, query_pairs.data());
-        grad_pairs.resize(D * R), paired<P>(drows.data(), block.rows, R, D, grad_pairs.data());
+        if (is_keys) {
+          query_pairs.resize(D * R), paired<P>(rows.data(), block.rows, R, D, query_pairs.data());
+          grad_pairs.resize(D * R), paired<P>(drows.data(), block.rows, R, D, grad_pairs.data());
+        }
         scores.resize(KEYS * R), dweights.resize(KEYS * R), weights.resize(KEYS * R), slopes.resize(KEYS * R), slope_rows.resize(KEYS * R);
         sum_q.assign(D * R, 0.f);
-        for (int64_t j = first_key(s, i); j < i + block.tokens; j += KEYS) {
-          int64_t n = std::min(KEYS, length - j);
+        for (int64_t j = std::max(first, first_key(s, i)); j < std::min(end, i + block.tokens); j += KEYS) {
+          int64_t n = std::min(KEYS, end - j);
           bool edge = j + n > i + 1 || (s.window && j < i + block.tokens - s.window);
-          product<P>(&keys[j * D], D, queries.data(), R, scores.data(), R, n, R, D, false);
-          product<P>(&values[j * D], D, grads.data(), R, dweights.data(), R, n, R, D, false);
+          int64_t at_key = (j - first) * D;
+          product<P>(&keys[at_key], D, queries.data(), R, scores.data(), R, n, R, D, false);
+          product<P>(&values[at_key], D, grads.data(), R, dweights.data(), R, n, R, D, false);
           for (int64_t c = 0; c < R; c += WIDTH) {
             Floats norm = load(&norms[c]), delta = load(&deltas[c]);
             Ints position = load_ints(&block.position[c]);
@@ -337,20 +389,22 @@ void backward(Matrix<const T> dout, Matrix<const T> q, Matrix<const T> k, Matrix
               put_rows(slopes.data(), x, R, c, slope[0], slope[1]);
             }
           }
-          product<P>(weights.data(), R, grad_pairs.data(), D, &sum_v[j * D], D, n, D, R, true);
-          product<P>(slope_rows.data(), R, query_pairs.data(), D, &sum_k[j * D], D, n, D, R, true);
-          product<P>(&turned_keys[j], padded_length, slopes.data(), R, sum_q.data(), R, D, R, KEYS, true);
+          if (is_keys) {
+            product<P>(weights.data(), R, grad_pairs.data(), D, &sum_v[at_key], D, n, D, R, true);
+            product<P>(slope_rows.data(), R, query_pairs.data(), D, &sum_k[at_key], D, n, D, R, true);
+          }
+          if (is_queries) product<P>(&turned_keys[j - first], padded, slopes.data(), R, sum_q.data(), R, D, R, KEYS, true);
         }
-        for (int64_t r = 0; r < block.rows; r++) {
-          T* to = dq + ((start + i + r / groups) * s.heads + key * groups + r % groups) * D;
-          for (int64_t d = 0; d < D; d++) assign(to[d], sum_q[d * R + r] * s.scale);
+        for (int64_t r = 0; is_queries && r < block.rows; r++) {
+          T* row = dq + ((start + i + r / groups) * s.heads + key * groups + r % groups) * D;
+          for (int64_t d = 0; d < D; d++) assign(row[d], sum_q[d * R + r] * s.scale);
         }
       }
-      for (int64_t j = 0; j < length; j++)
+      for (int64_t j = 0; is_keys && j < count; j++)
         for (int64_t d = 0; d < D; d += WIDTH) {
-          int64_t to = ((start + j) * s.keys + key) * D + d;
-          store(dk + to, load(&sum_k[j * D + d]) * s.scale);
-          store(dv + to, load(&sum_v[j * D + d]));
+          int64_t at = ((start + first + j) * s.keys + key) * D + d;
+          store(dk + at, load(&sum_k[j * D + d]) * s.scale);
+          store(dv + at, load(&sum_v[j * D + d]));
         }
     }
   }

@@ -40,14 +40,16 @@ class Fp8:
         """See `Base.prepare`: the rows in eight bits, their scales, and the dtype to come back to."""
         return *self._rounded(x_NI), x_NI.dtype
 
-    def forward(self, prepared: Any) -> Tensor:
+    def forward(self, prepared: Any, add_NO: Tensor | None = None) -> Tensor:
         """See `Base.forward`."""
         rows, scale, dtype = prepared
-        return _product(rows, scale, dtype, *self._forward)
+        y = _product(rows, scale, dtype, *self._forward)
+        return y if add_NO is None else y.add_(add_NO)
 
-    def backward(self, grad_NO: Tensor) -> Tensor:
+    def backward(self, grad_NO: Tensor, add_NI: Tensor | None = None) -> Tensor:
         """See `Base.backward`."""
-        return _product(*self._rounded(grad_NO), grad_NO.dtype, *self._backward)
+        y = _product(*self._rounded(grad_NO), grad_NO.dtype, *self._backward)
+        return y if add_NI is None else y.add_(add_NI)
 
     def dense(self) -> Tensor:
         """The matrix that forward multiplies by, float32 [O, I]."""

@@ -21,7 +21,7 @@ class Int8:
     """A `Base` (linear.py): weight is about q * scale, one scale for each output, and once more turned, one for each input.
 
     Each row of what is multiplied gets a scale of its own when it comes. Sums are whole numbers, so they are exact; what is
-    lost is the rounding of weight and row to 255 steps. The matrix takes 2 bytes a weight: one for each direction.
+    lost is the rounding of weight and row to 255 steps, beside which a second rounding of the result in bfloat16 is small. The matrix takes 2 bytes a weight: one for each direction.
 
     Args:
         weight_OI: any float dtype, on the device where it stays.
@@ -39,14 +39,14 @@ class Int8:
         """See `Base.prepare`: the rows in eight bits, and the dtype to come back to."""
         return self._forward.rows(x_NI), x_NI.dtype
 
-    def forward(self, prepared: Any) -> Tensor:
+    def forward(self, prepared: Any, add_NO: Tensor | None = None) -> Tensor:
         """See `Base.forward`."""
         rows, dtype = prepared
-        return self._forward(rows, dtype)
+        return self._forward(rows, dtype, add_NO)
 
-    def backward(self, grad_NO: Tensor) -> Tensor:
+    def backward(self, grad_NO: Tensor, add_NI: Tensor | None = None) -> Tensor:
         """See `Base.backward`."""
-        return self._backward(self._backward.rows(grad_NO), grad_NO.dtype)
+        return self._backward(self._backward.rows(grad_NO), grad_NO.dtype, add_NI)
 
     def dense(self) -> Tensor:
         """The matrix that forward multiplies by, float32 [O, I]."""
@@ -86,12 +86,13 @@ class Product:
         q, scale_N = rounded(x_NI)
         return q, scale_N[:, None]
 
-    def __call__(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        """[N, O]."""
+    def __call__(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype, add_NO: Tensor | None = None) -> Tensor:
+        """[N, O], and what is to be added."""
         q, scale_N1 = rows
         padded = pad(q, (0, -self._inputs % _MULTIPLE, 0, max(0, _ROWS - len(q))))
         y = torch._int_mm(padded.contiguous(), self._padded.T)  # pyright: ignore[reportPrivateImportUsage]
-        return (y[: len(q), : self._outputs] * scale_N1).mul_(self.scale).to(dtype)
+        scaled = (y[: len(q), : self._outputs] * scale_N1).mul_(self.scale)
+        return (scaled if add_NO is None else scaled.add_(add_NO)).to(dtype)
 
 
 class PackedProduct:
@@ -113,11 +114,11 @@ class PackedProduct:
 
         return round_rows(x_NI)
 
-    def __call__(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        """[N, O]."""
+    def __call__(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype, add_NO: Tensor | None = None) -> Tensor:
+        """[N, O], and what is to be added."""
         from pantheraml.kernels.cpu import scale_rows_
 
         q, scale_N1 = rows
         out = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
         y = torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, self._packed, self.scale, self._zeros, None, 1.0, 0, out, "none", [], "")
-        return scale_rows_(y, scale_N1).to(dtype)
+        return scale_rows_(y, scale_N1, add_NO).to(dtype)

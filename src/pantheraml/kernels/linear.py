@@ -28,12 +28,12 @@ class Base(Protocol):
         """What `forward` multiplies, made once for all layers that share an input."""
         ...
 
-    def forward(self, prepared: Any) -> Tensor:
-        """x @ weight.T, in the dtype of x."""
+    def forward(self, prepared: Any, add_NO: Tensor | None = None) -> Tensor:
+        """x @ weight.T, in the dtype of x; and what is to be added, which has that dtype too and is not changed."""
         ...
 
-    def backward(self, grad_NO: Tensor) -> Tensor:
-        """grad @ weight, in the dtype of grad."""
+    def backward(self, grad_NO: Tensor, add_NI: Tensor | None = None) -> Tensor:
+        """grad @ weight, in the dtype of grad; and what is to be added."""
         ...
 
 
@@ -269,6 +269,8 @@ def _product(
             return torch.addmm(residual, h, weight.to(h.dtype).T, alpha=factor)
         y = F.linear(h, weight.to(h.dtype), bias)
     else:
+        if factor == 1.0 and bias is None:
+            return base.forward(prepared, residual)
         y = base.forward(prepared)
         y = y if bias is None else y.add_(bias)
     y = y if factor == 1.0 else y.mul_(factor)
@@ -278,7 +280,6 @@ def _product(
 def _back(grad: Tensor, base: Base | None, weight: Tensor | None, so_far: Tensor | None) -> Tensor:
     """so_far + grad @ weight."""
     if base is not None:
-        mine = base.backward(grad)
-        return mine if so_far is None else so_far.add_(mine)
+        return base.backward(grad, so_far)
     assert weight is not None
     return grad @ weight.to(grad.dtype) if so_far is None else so_far.addmm_(grad, weight.to(grad.dtype))

@@ -26,13 +26,15 @@ class Nf4:
         """See `Base.prepare`."""
         return x_NI
 
-    def forward(self, prepared: Tensor) -> Tensor:
+    def forward(self, prepared: Tensor, add_NO: Tensor | None = None) -> Tensor:
         """See `Base.forward`."""
-        return F.linear(prepared, self._matrix(prepared.dtype))
+        matrix = self._matrix(prepared.dtype)
+        return F.linear(prepared, matrix) if add_NO is None else torch.addmm(add_NO, prepared, matrix.T)
 
-    def backward(self, grad_NO: Tensor) -> Tensor:
+    def backward(self, grad_NO: Tensor, add_NI: Tensor | None = None) -> Tensor:
         """See `Base.backward`."""
-        return grad_NO @ self._matrix(grad_NO.dtype)
+        matrix = self._matrix(grad_NO.dtype)
+        return grad_NO @ matrix if add_NI is None else torch.addmm(add_NI, grad_NO, matrix)
 
     def _matrix(self, dtype: torch.dtype) -> Tensor:
         if self._whole is not None and self._whole.dtype == dtype:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from pantheraml.kernels.table import DISPATCH, KERNELS, OPERATIONS, load
 
-_library = torch.library.Library("pantheraml", "DEF")
+_library = library.Library("pantheraml", "DEF")
 ops: Any = torch.ops.pantheraml
 """ops.NAME(...) is the operation of that name in the table; the signatures stand there."""
 
@@ -40,7 +40,7 @@ def _register() -> None:
     for name, operation in OPERATIONS.items():
         _library.define(name + operation.signature, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, _late(operation.reference), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"pantheraml::{name}", _late(operation.shapes or operation.reference), lib=_library)
+        library.register_fake(f"pantheraml::{name}", _late(operation.shapes or operation.reference), lib=_library)
     for (name, kind), target in KERNELS.items():
         _library.impl(name, _late(target), DISPATCH[kind])
 

@@ -1,6 +1,6 @@
 // What is computed row by row: norm, gate, rotation, cross entropy, and the rounding of rows to eight bits.
 //
-// Everything is computed in float32 and rounded once. Rows may be any number of elements apart. Sums over rows are made in
+// Everything is computed in float32 and rounded once, but that scale_rows gets what was rounded before. Rows may be any number of elements apart. Sums over rows are made in
 // blocks of a fixed number of rows, so that the result does not depend on the number of threads.
 #include <algorithm>
 #include <vector>

@@ -18,7 +18,7 @@ class Operation:
     """One operation.
 
     Attributes:
-        signature: as torch.library writes it.
+        signature: as torch writes it.
         reference: module:function in plain torch, right on every device, and what every other implementation is compared with.
         shapes: module:function that gives empty tensors of the result's shapes; None: the reference does, as its shapes depend on no value.
     """

@@ -28,7 +28,7 @@ from pantheraml.models.compiled import compiled
 from pantheraml.models.head import causal_model, output_head
 from pantheraml.models.lora import projection
 from pantheraml.planning.levels import Levels, format_levels, lower
-from pantheraml.planning.memory import TILE_TOKENS, Level
+from pantheraml.planning.memory import TILE_TOKENS, TILED, Level
 
 if TYPE_CHECKING:
     from pantheraml.engines.engine import MicroTensors
@@ -108,7 +108,7 @@ class Decoder:
         levels: what each layer keeps for backward; see planning/memory.py. None: everything that is not cheap.
         allowed: levels that `lower` may go to, the fastest first.
         in_host_memory: a context in which what is saved for backward goes to ordinary memory.
-        compile: torch compiles a layer, but for those at the level `tiled`.
+        compile: torch compiles a layer, but for those whose MLP is taken in pieces.
     """
 
     def __init__(
@@ -130,6 +130,8 @@ class Decoder:
         self._in_host_memory = in_host_memory
         self._compiled = compiled(self._layer, whole=True) if compile else None
         self._facts = [self._facts_of(i, layer) for i, layer in enumerate(self._layers)]
+        # What is drawn at random in a layer is drawn again where the layer is computed again.
+        self._random = any(isinstance(part, nn.Dropout) and part.p > 0 for part in causal.modules())
 
     def hidden(self, batch: MicroTensors) -> Tensor:
         """[labelled tokens, D], after the last norm, in the dtype of the products."""
@@ -151,7 +153,7 @@ class Decoder:
     def lower(self) -> str | None:
         """Keep less from here on: one level down, and what that is; None: there is none below.
 
-        The results are the same bits, but for `tiled`, whose products are of fewer rows and may be rounded otherwise.
+        The results are the same bits, but for `tiled` and `offload`, whose products are of fewer rows and may be rounded otherwise.
         """
         found = lower(self.levels, self._allowed)
         if found is None:
@@ -163,7 +165,7 @@ class Decoder:
         """One layer at its level."""
 
         def run(x: Tensor, again: bool) -> Tensor:
-            tile = TILE_TOKENS if level == "tiled" else None
+            tile = TILE_TOKENS if level in TILED else None
             if self._compiled is None or tile is not None:
                 return self._layer(self._facts[i], layer, x, batch, angles, rows, keep=level == "keep", tile=tile, again=again)
             # The same graph both times: another one would keep other tensors.
@@ -172,7 +174,18 @@ class Decoder:
         if level in ("keep", "cheap") or not torch.is_grad_enabled():
             return run(x, False)
         with self._in_host_memory() if level == "offload" and self._in_host_memory is not None else nullcontext():
-            return _twice(run, x)
+            return self._twice(run, x)
+
+    def _twice(self, compute: Callable[[Tensor, bool], Tensor], x: Tensor) -> Tensor:
+        """compute(x, False), of which backward keeps x alone; it calls compute(x, True) for what else it needs, and does not read the result."""
+        calls = 0
+
+        def run(x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return compute(x, calls > 1)
+
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=self._random)
 
     def _layer(
         self,
@@ -215,7 +228,7 @@ class Decoder:
             return rest(x_ND, again)
         # One piece of the tokens at a time, so that gate and up of all of them are never in memory at once.
         # When the layer is computed again, a piece is only kept: it is computed when its own turn comes.
-        return torch.cat([_twice(lambda x, second: x if again else rest(x, second), piece) for piece in x_ND.split(tile)])
+        return torch.cat([self._twice(lambda x, second: x if again else rest(x, second), piece) for piece in x_ND.split(tile)])
 
     def _attend(self, attend: Any, results: Sequence[Tensor], batch: MicroTensors, angles: Any, facts: _Facts) -> Tensor:
         """[N, H * W] from q, k and v as they come out of their layers."""
@@ -350,18 +363,6 @@ def _is_other(part: nn.Module) -> bool:
     # A part that trains as a whole is a copy inside of PEFT's wrapper, which shows the copy's weights.
     original = getattr(part, "original_module", part)
     return not type(original).__module__.startswith(("transformers.models.", "torch.nn.")) or "forward" in vars(original)
-
-
-def _twice(compute: Callable[[Tensor, bool], Tensor], x: Tensor) -> Tensor:
-    """compute(x, False), of which backward keeps x alone; it calls compute(x, True) for what else it needs, and does not read the result."""
-    calls = 0
-
-    def run(x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return compute(x, calls > 1)
-
-    return checkpoint(run, x, use_reentrant=False)
 
 
 def _present(projections: Sequence[Projection | None]) -> list[Projection]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import RecipeError
 from pantheraml.models.decoder import decodes
+from pantheraml.models.lora import stock_layers
 from pantheraml.models.quantize import EightBitLinear, keep_format, leave_file
 from pantheraml.models.tiny import PREFIX, family_of, tiny_config, tiny_tokenizer
 from pantheraml.planning.shape import ModelShape
@@ -51,6 +52,7 @@ def shape_of(model: Any, name: str) -> ModelShape:
     import torch
     from torch import nn
 
+    fused = decodes(model) is None and not (hasattr(model, "peft_config") and stock_layers(model))
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     config = model.config
@@ -83,8 +85,16 @@ def shape_of(model: Any, name: str) -> ModelShape:
         max_tokens=int(getattr(text, "max_position_embeddings", None) or 2048),
         packs=not any(isinstance(module, nn.Conv1d) or _CARRIES_STATE.search(type(module).__name__) for module in model.modules()),
         weight_bytes_each=dtype.itemsize if dtype else 4,
-        fused=decodes(model) is None,
+        fused=fused,
         attention=_attention_of(type(model)),
+    )
+
+
+def weight_bytes(model: Any) -> int:
+    """What the weights of a model that is there take, in whatever form they are held."""
+    eight_bits = (module for module in model.modules() if isinstance(module, EightBitLinear))  # a byte for each direction
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + sum(
+        2 * module.in_features * module.out_features for module in eight_bits
     )
 
 

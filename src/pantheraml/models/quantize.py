@@ -148,9 +148,11 @@ def to_eight_bits(model: Any, bits: EightBit) -> int:
 
 def leave_file(model: Any) -> None:
     """Copy what is left of the weights in ordinary memory: as they were read they are pages of a file, all of which stay while one is in use."""
+    copies: dict[object, Tensor] = {}  # what shared its memory goes on doing so
     for tensor in (*model.parameters(), *model.buffers()):
         if in_host_memory(tensor.device.type) and tensor.is_floating_point():
-            tensor.data = tensor.data.clone()
+            same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            tensor.data = copies.setdefault(same, tensor.data.clone())
 
 
 def to_matrices(model: Any) -> int:

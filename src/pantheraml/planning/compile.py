@@ -5,6 +5,7 @@ from __future__ import annotations
 from pantheraml.errors import RecipeError
 from pantheraml.hardware.device import Device
 from pantheraml.planning.levels import Levels
+from pantheraml.planning.memory import MemoryEstimate
 from pantheraml.recipe.kinds import KINDS
 
 COMPILING = "about a minute"
@@ -34,13 +35,18 @@ def choose_compile(asked: str, device: Device, *, fused: bool, steps: int | None
     return True, f"{steps} steps earn back the compiling, which takes {COMPILING}"
 
 
+def recording_bytes(memory: MemoryEstimate) -> int:
+    """What recordings take beside a plan's memory: a pool of their own for all of them, and gradients thrice while one is checked."""
+    return memory.activations_bytes + memory.logits_bytes + 3 * memory.gradients_bytes
+
+
 def choose_graphs(
-    asked: str, device: Device, *, fused: bool, lora: bool, levels: Levels, compiled: bool, micro_batch_s: float | None
+    asked: str, device: Device, *, fused: bool, lora: bool, levels: Levels, compiled: bool, fits: bool, micro_batch_s: float | None
 ) -> tuple[bool, str]:
     """Whether forward and backward are recorded and replayed, and why.
 
     Args:
-        asked: hardware.graphs of the recipe. micro_batch_s: what computing a full micro-batch takes; None: not known.
+        asked: hardware.graphs of the recipe. fits: there is room for the memory of a recording, which is its own. micro_batch_s: what computing a full micro-batch takes; None: not known.
     Raises: RecipeError if it is asked for and cannot be.
     """
     why_not = (
@@ -54,6 +60,8 @@ def choose_graphs(
         if compiled
         else "layers' inputs wait in ordinary memory, which a recording cannot take"
         if "offload" in levels
+        else "a recording works in memory of its own, and there is no room for it"
+        if not fits
         else None
     )
     if asked == "on" and why_not:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device
 from pantheraml.planning.memory import Level
-from pantheraml.recipe.kinds import in_host_memory
+from pantheraml.recipe.kinds import KINDS, in_host_memory
 
 Levels = tuple[Level, ...]
 """The level of each layer, from the first to the last."""
@@ -20,7 +20,7 @@ SAID: dict[Level, str] = {
     "cheap": "norms and gates are computed again in backward, which costs nearly nothing",
     "all": "each layer is computed again in backward, which costs about a third more time",
     "tiled": "each layer is computed again in backward, its MLP a piece at a time, which costs about a third more time",
-    "offload": "each layer's input waits in ordinary memory, and the layer is computed again in backward",
+    "offload": "each layer's input waits in ordinary memory, and the layer is computed again in backward, its MLP a piece at a time",
 }
 
 
@@ -31,12 +31,14 @@ def rungs(device: Device, asked: str, *, fused: bool) -> tuple[Level, ...]:
         asked: hardware.checkpointing of the recipe. fused: the kernels compute the layers; others know two levels.
     Raises: RecipeError, DeviceError for a level that is not to be had.
     """
-    host = in_host_memory(device.kind)
+    host, own = in_host_memory(device.kind), KINDS[device.kind].own_memory
     if asked == "auto":
         if not fused:
             return ("keep", "all")
         # Where memory is the processor's own, reading what was kept takes as long as computing it again.
-        return ("cheap", "all", "tiled") if host else ("keep", "cheap", "all", "offload", "tiled")
+        if host:
+            return ("cheap", "all", "tiled")
+        return ("keep", "cheap", "all", "tiled", "offload") if own else ("keep", "cheap", "all", "tiled")
     level = ASKED[asked]
     if not fused and level not in ("keep", "all"):
         raise RecipeError(
@@ -44,7 +46,7 @@ def rungs(device: Device, asked: str, *, fused: bool) -> tuple[Level, ...]:
             why="their own forward knows two ways: keep everything, or compute it all again",
             fix="set hardware.checkpointing to auto, on or off",
         )
-    if level == "offload" and host:
+    if level == "offload" and not own:
         raise DeviceError(
             f"hardware.checkpointing=offload, but {device} works in ordinary memory",
             why="there is nowhere else to put what does not fit",

@@ -18,9 +18,10 @@ from pantheraml.planning.shape import ModelShape
 Level = Literal["keep", "cheap", "all", "tiled", "offload"]
 """What a layer does between forward and backward. keep: everything that backward needs is kept. cheap: results of norms and
 gates are computed again. all: only the layer's input is kept, the rest is computed again. tiled: the same, with the MLP taken
-a piece of the tokens at a time. offload: like all, with the input in ordinary memory."""
+a piece of the tokens at a time. offload: like tiled, with the input in ordinary memory."""
+TILED: frozenset[Level] = frozenset({"tiled", "offload"})
 TILE_TOKENS = 1024
-"""Tokens of a piece of the MLP at the level `tiled`."""
+"""Tokens of a piece of the MLP at these levels."""
 RECOMPUTED: frozenset[Level] = frozenset({"all", "tiled", "offload"})
 """Levels at which a layer's products are computed a second time."""
 LOSS_CHUNK_BYTES = 64 << 20
@@ -202,8 +203,8 @@ def _fused(
     kept = tokens * sum(map(layer, levels))
     # In a layer's backward: the gradient of what it gave and of the gate's product, then of gate and up, and the product again.
     working = tokens * (4 * inner + 2 * hidden)
-    again = [tokens * (layer("cheap") - hidden) + working for level in levels if level in RECOMPUTED and level != "tiled"]
-    if "tiled" in levels:
+    again = [tokens * (layer("cheap") - hidden) + working for level in levels if level in RECOMPUTED - TILED]
+    if not TILED.isdisjoint(levels):
         again.append(tokens * (layer("cheap") - 2 * inner) + min(tokens, TILE_TOKENS) * (6 * inner + hidden))
     # Each weight that trains is cast for its product and the cast forgotten, and so is its gradient.
     cast = max((n_in * n_out for n_in, n_out in shape.linears), default=0) * 2 * each if rank is None and each < 4 else 0

@@ -14,7 +14,7 @@ from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of, whole_bytes
 from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
-from pantheraml.planning.compile import choose_compile, choose_graphs
+from pantheraml.planning.compile import choose_compile, choose_graphs, recording_bytes
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
 from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
@@ -182,7 +182,8 @@ def make_plan(
     price = price_of(device, recipe.hardware.usd_per_hour)
     cost = estimate_cost(
         shape,
-        row_tokens=row_tokens[-1],
+        # The kernels' attention ends where an example ends, the models' own runs over the row.
+        row_tokens=min(row_tokens[-1], math.ceil(mean_tokens)) if fused(recipe, shape) else row_tokens[-1],
         levels=micro.levels,
         lora_rank=rank,
         peak_flops=device.peak_flops if dtype == device.dtypes[0] else None,
@@ -190,6 +191,7 @@ def make_plan(
         fused=fused(recipe, shape),
         usd_per_hour=price.usd_per_hour,
     )
+    budget = int((device.free_bytes or 0) * HEADROOM)
     graphs, reasons["graphs"] = choose_graphs(
         recipe.hardware.graphs,
         device,
@@ -197,9 +199,10 @@ def make_plan(
         lora=lora is not None,
         levels=micro.levels,
         compiled=compile_layers,
+        fits=micro.memory.total_bytes + recording_bytes(micro.memory) <= budget,
         micro_batch_s=None if cost.tokens_per_s is None else micro.micro_tokens / cost.tokens_per_s,
     )
-    whole = whole_bytes(recipe, shape, dtype, micro.memory, int((device.free_bytes or 0) * HEADROOM))
+    whole = whole_bytes(recipe, shape, dtype, micro.memory, budget - (recording_bytes(micro.memory) if graphs else 0))
     memory = replace(micro.memory, weights_bytes=micro.memory.weights_bytes + whole)
     if whole:
         reasons["base_dtype"] += f"; {format_bytes(whole)} are free to keep each matrix in {dtype} as well, so that it is made only once"

@@ -9,18 +9,25 @@ Kind = str
 
 
 class Row(NamedTuple):
-    """Where a kind is written (module:class), what people call it, whether torch.compile makes a long run faster there, and whether steps are recorded."""
+    """One kind.
+
+    Attributes:
+        backend: where it is written, module:class. family: what people call it.
+        compiles: torch.compile makes a long run faster. records: so do recorded steps (CUDA graphs).
+        own_memory: what does not fit into its memory can wait in the host's.
+    """
 
     backend: str
     family: Literal["tpu", "gpu", "cpu"]
     compiles: bool = False
     records: bool = False
+    own_memory: bool = False
 
 
 KINDS: dict[Kind, Row] = {
     "tpu": Row("pantheraml.hardware.xla:XlaBackend", "tpu"),
-    "cuda": Row("pantheraml.hardware.cuda:CudaBackend", "gpu", compiles=True, records=True),
-    "xpu": Row("pantheraml.hardware.xpu:XpuBackend", "gpu", compiles=True),
+    "cuda": Row("pantheraml.hardware.cuda:CudaBackend", "gpu", compiles=True, records=True, own_memory=True),
+    "xpu": Row("pantheraml.hardware.xpu:XpuBackend", "gpu", compiles=True, own_memory=True),
     "mps": Row("pantheraml.hardware.mps:MpsBackend", "gpu"),
     "cpu": Row("pantheraml.hardware.cpu:CpuBackend", "cpu"),
 }

@@ -182,7 +182,9 @@ class HardwareAsk(_Part):
     allow_tpu: bool = Field(default=True, description="auto may take a TPU.")
     simulate_tpu: bool = Field(default=False, description="Treat XLA on the CPU as a TPU, for trying things out; every report says so.")
     oom_retries: int = Field(
-        default=6, ge=0, description="When memory runs out, go on with half of the micro-batch, at most so often. 0: stop."
+        default=6,
+        ge=0,
+        description="When memory runs out, keep less of each layer, then take half of the micro-batch, at most so often. 0: stop.",
     )
     usd_per_hour: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="What an hour of the device costs, in US dollars. Default: the catalog's price, where it has one."

@@ -22,7 +22,7 @@ def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
 
     Raises: DataError if nothing is held out.
     """
-    view = survey(recipe)
+    view = survey(_without_training(recipe), model=loaded.model, tokenizer=loaded.tokenizer)
     data, plan = view.data, view.plan
     if not len(data.held_out):
         raise DataError(
@@ -44,3 +44,16 @@ def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
         "exact_match": exact_match(samples, after=True),
         "samples": [{"prompt": sample.prompt, "expected": sample.expected, "answer": sample.after} for sample in samples],
     }
+
+
+def _without_training(recipe: Recipe) -> Recipe:
+    """The same questions of the same rows, and nothing that was chosen for training: this may be another device."""
+    weights = dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_fp8"), False)
+    hardware = dict.fromkeys(("checkpointing", "compile", "graphs"), "auto")
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=weights),
+            "hardware": recipe.hardware.model_copy(update=hardware),
+            "batch": recipe.batch.model_copy(update={"micro_tokens": "auto"}),
+        }
+    )

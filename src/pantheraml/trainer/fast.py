@@ -12,6 +12,7 @@ from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.data.prepare import Prepared
 from pantheraml.engines.engine import Engine
+from pantheraml.engines.graphs import Graphs
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.host_memory import HostMemory
 from pantheraml.hardware.settings import read_settings
@@ -48,21 +49,27 @@ def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Deco
     return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away, compile=plan.compile)
 
 
-def relief(model: Any, decoder: Decoder | None) -> str | None:
+@contextmanager
+def whole_matrices(model: Any, plan: Plan) -> Iterator[None]:
+    """Where the plan has room for it, matrices in four bits are kept whole."""
+    if plan.whole:
+        keep_whole(model)
+    try:
+        yield
+    finally:
+        let_go(model)
+
+
+def relief(model: Any, decoder: Decoder | None, graphs: Graphs | None) -> str | None:
     """Keep less in memory from here on, and what that is; None: there is nothing that can be done without."""
-    return let_go(model) or (decoder.lower() if decoder else None)
+    stopped = graphs.stop("memory ran out") if graphs else None
+    return stopped or let_go(model) or (decoder.lower() if decoder else None)
 
 
 @contextmanager
 def made_fast(model: Any, decoder: Decoder | None, plan: Plan) -> Iterator[None]:
-    """Where the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so.
-
-    And where the plan has room for it, matrices in four bits are kept whole.
-    """
+    """Where the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so."""
     with ExitStack() as stack:
-        if plan.whole:
-            keep_whole(model)
-            stack.callback(let_go, model)
         if decoder is None:
             stack.enter_context(fused_lora(model))
             if plan.compile:

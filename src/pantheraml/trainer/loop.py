@@ -41,6 +41,8 @@ class Position:
     ended: bool = False
     parts: int = 1
     """In how many parts each micro-batch is taken since memory ran out."""
+    reliefs: int = 0
+    """How often less was kept in memory from then on, before micro-batches were divided."""
     recoveries: list[str] = field(default_factory=list)
     """What was said of each time that it did."""
 
@@ -133,7 +135,8 @@ def run(
     """Train from `position` to the end, and return where it ended.
 
     Args:
-        recovery: that of the engine. What it came to is part of the position, so that a run which goes on does so alike.
+        recovery: that of the engine. What it came to is part of the position, so that a run which goes on does so alike; what
+            `reliefs` counts was done again before.
     Raises:
         DivergedError: a loss or gradient was not finite. The weights are those before it, in a checkpoint.
         StoppedError: asked to stop, with a checkpoint saved.
@@ -141,12 +144,16 @@ def run(
     """
     pending: list[tuple[StepMetrics, StepRecord, tuple[str, ...]]] = []
     recovery = recovery or Recovery()
-    recovery.restore(position.parts, position.recoveries)
+    recovery.restore(position.parts, position.recoveries, position.reliefs)
     clock = time.perf_counter()
 
     def save() -> None:
-        position.parts, position.recoveries = recovery.parts, list(recovery.said)
+        position.parts, position.reliefs, position.recoveries = recovery.parts, recovery.reliefs, list(recovery.said)
         checkpoints.save(position.step, engine.state_dict(), asdict(position), best=position.best_step if rhythm.keep_best else None)
+
+    def recovered() -> bool:
+        """A run that was killed must not take a step in another way than this one did."""
+        return (recovery.parts, recovery.reliefs) != (position.parts, position.reliefs)
 
     def flush() -> None:
         """Bring the numbers of the last steps over, look at them, and show them."""
@@ -201,14 +208,13 @@ def run(
         last = done == rhythm.total
         asked = stop.signal
         eval_due = bool(held_out) and (last or _due(done, rhythm.eval))
-        # A run that was killed must not take a step in other parts than this one did.
-        save_due = last or _due(done, rhythm.save) or asked is not None or recovery.parts != position.parts
+        save_due = last or _due(done, rhythm.save) or asked is not None or recovered()
         if eval_due or save_due or _due(done, rhythm.log):
             flush()
         if eval_due:
             position.ended = evaluate()
             best = rhythm.keep_best and position.best_step == done
-            save_due = save_due or position.ended or best or recovery.parts != position.parts
+            save_due = save_due or position.ended or best or recovered()
         if save_due:
             save()
             clock = time.perf_counter()

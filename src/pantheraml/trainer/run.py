@@ -26,12 +26,13 @@ from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
 from pantheraml.hardware.cpu import return_freed_memory, usable_cores
+from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.find import find
 from pantheraml.hardware.monitor import Monitor
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
-from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of
+from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of, weight_bytes
 from pantheraml.models.quantize import available, quantization, to_eight_bits
 from pantheraml.models.tiny import PREFIX as TINY
 from pantheraml.planning.levels import format_levels
@@ -41,7 +42,17 @@ from pantheraml.recipe.kinds import in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
-from pantheraml.trainer.fast import batches_of, decoder_of, layout_of, made_fast, prepare_kernels, rehearse, relief, slower_than_could_be
+from pantheraml.trainer.fast import (
+    batches_of,
+    decoder_of,
+    layout_of,
+    made_fast,
+    prepare_kernels,
+    rehearse,
+    relief,
+    slower_than_could_be,
+    whole_matrices,
+)
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, read_json, write_json
 from pantheraml.trainer.report import REPORT, monitored, summary, write_report
 from pantheraml.trainer.runs import Run
@@ -134,8 +145,11 @@ def survey(
     recipe = recipe.model_copy(update={"hardware": found.ask})
     backend = backend_of(found.device)
     held = backend.memory(found.device.index).used_bytes
-    if held is not None and model is not None:
-        held -= sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    inventory = found.inventory
+    if model is not None:  # what it holds is part of the plan, so it counts as free
+        here = weight_bytes(model)
+        inventory = _with_room(inventory, found.device, here)
+        held = None if held is None else held - here
     shape = read_shape(recipe.model) if model is None else shape_of(model, recipe.model.name)
     stored = read_config(recipe.model).dtype if model is None else model.config.dtype
     tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
@@ -158,7 +172,7 @@ def survey(
             bad.write(folder / BAD_ROWS)
     plan = make_plan(
         recipe,
-        found.inventory,
+        inventory,
         shape,
         train_tokens=int(data.train.lengths.sum()) if data.train is not None else None,
         train_rows=len(data.train) if data.train is not None else None,
@@ -188,7 +202,7 @@ def survey(
 def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console) -> Run:
     """Train the model that is here, and leave results and report in the folder. Goes on where checkpoints are found."""
     stop = loop.Stop()
-    with stop.listening():
+    with stop.listening(), whole_matrices(model, view.plan):
         return _fit(view, model, backend, folder, console, stop)
 
 
@@ -198,13 +212,12 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     decoder = decoder_of(model, plan, recipe, backend)
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
-    record = backend.recorder(plan.device.index) if plan.graphs else None
+    record = backend.recorder(plan.device.index) if plan.graphs and decoder else None
     graphs = Graphs(record) if record else None
     engine = TorchEngine(backend, recovery, graphs)
     prepare_kernels(plan, lambda said: console.print(said, markup=False, highlight=False))
-    if plan.checkpointing and in_host_memory(plan.device.kind):
-        return_freed_memory()
-    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=lambda: relief(model, decoder))
+    gives_back = plan.checkpointing and in_host_memory(plan.device.kind) and return_freed_memory()
+    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=lambda: relief(model, decoder, graphs))
 
     # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.
     samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
@@ -219,6 +232,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     if found:
         position = loop.Position(**{key: value for key, value in found.state.items() if key in loop.Position.__slots__})
         engine.load_state_dict(found.tensors)
+        for _ in range(position.reliefs):
+            relief(model, decoder, graphs)
         checkpoints.discard_after(found.step)
         console.print(f"Going on after step {found.step} of {source.total_steps}.", markup=False)
 
@@ -248,10 +263,13 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         if data.bad.rows:  # a stream meets them while training
             data.bad.write(folder / BAD_ROWS)
     peak_bytes = backend.memory(index).peak_bytes
+    if graphs:
+        graphs.forget()
 
     notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
     notes += slower_than_could_be(model, plan)
     notes += [graphs.said] if graphs else []
+    notes += ["layers are computed again, so this process gives memory back as soon as it is freed, from now on"] if gives_back else []
     kept = position.step
     if rhythm.keep_best and position.best_step not in (None, position.step):
         try:
@@ -303,6 +321,12 @@ def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
     return replace(plan, packing=False, reasons={**plan.reasons, "packing": why})
 
 
+def _with_room(inventory: Inventory, device: Device, more_bytes: int) -> Inventory:
+    """The same devices, one with so many bytes more free."""
+    roomier = replace(device, free_bytes=None if device.free_bytes is None else device.free_bytes + more_bytes)
+    return replace(inventory, devices=tuple(roomier if each == device else each for each in inventory.devices))
+
+
 def default_console() -> Console:
     """Progress goes to standard error, so that results can be piped."""
     from rich.console import Console
@@ -352,6 +376,9 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
     if recipe.batch.micro_tokens != "auto":
         asked["micro_tokens"] = fresh.micro_tokens
     changed = {choice: value for choice, value in asked.items() if getattr(stored, choice) != value}
+    following: dict[str, Any] = {}
+    if changed.keys() & {"levels", "compile", "micro_tokens"}:  # what a plan makes of them
+        following = {"graphs": fresh.graphs, "whole": fresh.whole, "memory": fresh.memory}
     if changed:
         said = ", ".join(f"{choice}={format_levels(value) if choice == 'levels' else value}" for choice, value in changed.items())
         console.print(f"From here on with {said}, as asked: the result is the same but for rounding, not bit by bit.", markup=False)
@@ -361,8 +388,12 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
         stored,
         device=fresh.device,
         cost=cost,
-        **changed,
-        reasons={**stored.reasons, **dict.fromkeys(changed, "asked for when the run was resumed")},
+        **(following | changed),
+        reasons={
+            **stored.reasons,
+            **{choice: fresh.reasons[choice] for choice in ("graphs", "base_dtype", "memory") if following},
+            **dict.fromkeys(changed, "asked for when the run was resumed"),
+        },
     )
 
 
