@@ -240,3 +240,17 @@ def test_what_is_added_to_a_batch_counts_for_nothing() -> None:
     assert more.labelled[:labelled].equal(batch.labelled)
     assert batch.labels.flatten()[more.labelled[labelled:]].eq(IGNORED).all() and len(more.labelled) == next_length(labelled)
     assert batch.longest <= more.longest <= tokens
+
+
+def test_what_is_stopped_records_nothing_more_and_computes_no_padding(small: Any, plan_of: Any) -> None:
+    graphs, lengths = Graphs(record), []
+    steps = drawn_steps(1) * 4
+
+    def watched(loss: Any) -> Any:
+        return lambda model, batch: lengths.append(batch.input_ids.shape[1]) or loss(model, batch)
+
+    assert graphs.stop("memory ran out") == "without recorded steps" and graphs.stop("again") is None
+    found = trained(small, plan_of, steps, graphs, loss_of=watched)
+    assert graphs.trouble == "memory ran out" and graphs.recorded == graphs.replayed == 0
+    assert set(lengths) == {micro.input_ids.shape[1] for micro in steps[0].micro}
+    assert found[0] == trained(small, plan_of, steps, None)[0]

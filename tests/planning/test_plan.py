@@ -12,7 +12,8 @@ from tests.fakes import decoder_shape, fake_device, h100s, laptop, llama_8b
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Inventory
 from pantheraml.planning.compile import choose_compile, choose_graphs
-from pantheraml.planning.memory import format_bytes
+from pantheraml.planning.levels import rungs
+from pantheraml.planning.memory import estimate_memory, format_bytes
 from pantheraml.planning.plan import Plan, format_seconds, make_plan
 from pantheraml.recipe.types import Recipe
 
@@ -212,6 +213,33 @@ def test_planning_imports_no_torch_and_leaves_the_environment_alone() -> None:
 def test_layers_are_compiled_where_it_pays(kind: str, fused: bool, asked: str, steps: int | None, compiles: bool, said: str) -> None:
     found, reason = choose_compile(asked, fake_device(kind), fused=fused, steps=steps)
     assert found == compiles and said in reason
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "cpu"])
+def test_each_level_needs_less_than_the_one_before_it(kind: str) -> None:
+    device, shape = fake_device(kind), replace(llama_8b(), fused=True)
+    levels = rungs(device, "auto", fused=True)
+    needs = [
+        estimate_memory(
+            shape,
+            trainable_parameters=shape.lora_parameters(16),
+            base_bytes_each=2,
+            micro_tokens=8192,
+            row_tokens=8192,
+            levels=(level,) * shape.layers,
+            fused=True,
+            attention="sdpa",
+            compute_bytes_each=2,
+            lora_rank=16,
+        ).total_bytes
+        for level in levels
+    ]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(levels) > 2
+    # What works in the host's memory, or in the same as the host, has nowhere else to put what does not fit.
+    assert ("offload" in levels) == (kind in ("cuda", "xpu"))
+    if "offload" not in levels:
+        with pytest.raises(DeviceError, match="works in ordinary memory"):
+            rungs(device, "offload", fused=True)
 
 
 CAN: dict[str, Any] = {"fused": True, "lora": True, "levels": ("keep",) * 30, "compiled": False, "fits": True, "micro_batch_s": 0.01}

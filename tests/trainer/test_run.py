@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DataError, DivergedError, RecipeError, StorageError
+from pantheraml.models.decoder import Decoder
 from pantheraml.models.tiny import tiny_config, tiny_tokenizer
 from pantheraml.recipe.load import dump_recipe, recipe_from
 from pantheraml.trainer import report
+from pantheraml.trainer import run as run_module
+from pantheraml.trainer.evaluate import evaluate
 from pantheraml.trainer.folder import open_folder
-from pantheraml.trainer.run import train
+from pantheraml.trainer.run import survey, train
 from pantheraml.trainer.runs import Run, list_runs
 
 ROWS = chats(40)
@@ -363,10 +367,67 @@ def test_what_only_changes_rounding_may_be_asked_for_when_a_run_goes_on(tmp_path
             "batch": recipe.batch.model_copy(update={"micro_tokens": 1024}),
         }
     )
+    before = json.loads((tmp_path / "run/plan.json").read_text())
+    (tmp_path / "run/plan.json").write_text(json.dumps(before | {"whole": True, "graphs": True}))
     run, said = made(changed, resume=True)
     plan = json.loads((run.folder / "plan.json").read_text())
     assert set(plan["levels"]) == {"all"} and plan["micro_tokens"] == 1024
+    # What follows from them is planned anew.
+    assert not plan["whole"] and not plan["graphs"] and plan["memory"]["activations_bytes"] < before["memory"]["activations_bytes"]
     assert "levels=4 all, micro_tokens=1024" in said and "Going on after step" in said
+
+
+def test_a_run_in_which_memory_ran_out_goes_on_with_the_levels_it_came_to(tmp_path: Path, monkeypatch, data):
+    recipe = tiny_recipe(tmp_path, data, eval={"generate_rows": 0}, run={"save_every": "end"})
+    real, short, used = TorchEngine._gradients, [True], []
+
+    def gradients(self, batch, k, parts):
+        if k == 2 and short.pop():
+            raise MemoryError("no room")
+        return real(self, batch, k, parts)
+
+    def layer(self, *given, **how):
+        used.append(how["keep"] or how["tile"] or how["again"])
+        return computed(self, *given, **how)
+
+    short.insert(0, False)
+    computed = Decoder._layer
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "_gradients", gradients)
+        killed_at(4, patch, recipe)
+    monkeypatch.setattr(Decoder, "_layer", layer)
+    run, said = made(recipe, resume=True)
+    assert "Going on after step 3" in said and any(used)  # computed again in backward, as it came to be
+    (note,) = [note for note in run.report["notes"] if "no room" in note or "Out of memory" in note]
+    assert "from here on with layers at 4 all" in note
+    wanted = made(tiny_recipe(tmp_path / "whole", data, eval={"generate_rows": 0}))[0]
+    assert losses(run.folder) == losses(wanted.folder)
+
+
+def test_what_a_model_that_is_here_holds_is_free_for_its_plan(tmp_path: Path, data, monkeypatch):
+    real = run_module.find
+
+    def standing_still(ask):
+        found = real(ask)
+        device = replace(found.device, free_bytes=8 << 30)
+        return replace(found, device=device, inventory=replace(found.inventory, devices=(device,)))
+
+    monkeypatch.setattr(run_module, "find", standing_still)
+    recipe, model = tiny_recipe(tmp_path, data), AutoModelForCausalLM.from_config(tiny_config("llama"))
+    plans = [survey(recipe).plan, survey(recipe, model=model, tokenizer=tiny_tokenizer()).plan]
+    weights = sum(each.numel() for each in model.parameters()) * 4
+    assert [plan.device.free_bytes for plan in plans] == [8 << 30, (8 << 30) + weights]
+    assert plans[0].memory == plans[1].memory
+
+
+def test_a_run_is_judged_wherever_its_model_can_be_loaded(tmp_path: Path, data):
+    """What was chosen for training on another device does not matter."""
+    run, _ = made(tiny_recipe(tmp_path, data, eval={"generate_rows": 0}))
+    recipe = run.recipe
+    model = recipe.model.model_copy(update={"load_in_fp8": True})
+    hardware = recipe.hardware.model_copy(update={"graphs": "on", "checkpointing": "offload", "compile": "on"})
+    elsewhere = recipe.model_copy(update={"model": model, "hardware": hardware})
+    assert evaluate(elsewhere, run.loaded)["loss"] == pytest.approx(run.report["eval"]["loss_after"], rel=SAME)
 
 
 def test_a_run_that_goes_on_elsewhere_reports_the_device_that_it_is_on(tmp_path: Path, monkeypatch, data):
