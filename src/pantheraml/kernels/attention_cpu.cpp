@@ -5,6 +5,7 @@
 // rows of one block. On a CPU with AVX512-BF16 bfloat16 products are taken two at a time with sums in float32; elsewhere, and in
 // float32, they are float32 products.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "vector_cpu.h"
@@ -108,6 +109,17 @@ inline void assign(float& to, bf16 v) { to = value(v); }
 // [rows][width] -> [width / PAIR][padded][PAIR]: what multiplies rows of another matrix by these rows.
 template <typename P, typename T>
 void turned(const T* const* rows, int64_t count, int64_t padded, int64_t width, typename P::E* out) {
+  if constexpr (std::is_same_v<T, typename P::E>) {  // whole pairs, in pieces that stay close
+    constexpr int64_t BYTES = P::PAIR * sizeof(T);
+    for (int64_t r = 0; r < padded; r += WIDTH)
+      for (int64_t d = 0; d < width; d += P::PAIR)
+        for (int64_t x = r; x < r + WIDTH; x++)
+          if (x < count)
+            std::memcpy(out + d * padded + x * P::PAIR, rows[x] + d, BYTES);
+          else
+            std::memset(out + d * padded + x * P::PAIR, 0, BYTES);
+    return;
+  }
   for (int64_t r = 0; r < padded; r++)
     for (int64_t d = 0; d < width; d++) {
       typename P::E& to = out[(d / P::PAIR * padded + r) * P::PAIR + d % P::PAIR];
@@ -121,6 +133,17 @@ void turned(const T* const* rows, int64_t count, int64_t padded, int64_t width, 
 // [rows][width] -> [padded / PAIR][width][PAIR]: what is summed over these rows.
 template <typename P, typename T>
 void paired(const T* const* rows, int64_t count, int64_t padded, int64_t width, typename P::E* out) {
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<T, typename P::E>) {
+    for (int64_t r = 0; r < padded; r += 2)
+      for (int64_t d = 0; d < width; d += WIDTH) {
+        Halves low{}, high{};
+        if (r < count) std::memcpy(&low, rows[r] + d, sizeof low);
+        if (r + 1 < count) std::memcpy(&high, rows[r + 1] + d, sizeof high);
+        Words both = __builtin_convertvector(low, Words) | (__builtin_convertvector(high, Words) << 16);
+        std::memcpy(out + r * width + d * 2, &both, sizeof both);
+      }
+    return;
+  }
   for (int64_t r = 0; r < padded; r++)
     for (int64_t d = 0; d < width; d++) {
       typename P::E& to = out[(r / P::PAIR * width + d) * P::PAIR + r % P::PAIR];
@@ -231,6 +254,12 @@ struct Block {
   }
 };
 
+inline bool differs(Floats v, float from) {
+  Ints other = v != from;
+  for (int i = 1; i < WIDTH; i++) other[0] |= other[i];
+  return other[0] != 0;
+}
+
 inline Ints load_ints(const int32_t* from) {
   Ints v;
   std::memcpy(&v, from, sizeof v);
@@ -298,7 +327,8 @@ void forward(Matrix<const T> q, Matrix<const T> k, Matrix<const T> v, T* out, fl
               put_rows(weights.data(), x, R, c, a, b);
             }
             store(&total[c], sums);
-            for (int64_t d = 0; d < D; d++) store(&result[d * R + c], load(&result[d * R + c]) * shrink);
+            bool grew = differs(shrink, 1.f);
+            for (int64_t d = 0; d < D && grew; d++) store(&result[d * R + c], load(&result[d * R + c]) * shrink);
           }
           product<P>(&values[j - first], padded, weights.data(), R, result.data(), R, D, R, KEYS, true);
         }
