@@ -5,6 +5,7 @@ Letters: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ class Fp8:
     def __init__(self, weight_OI: Tensor) -> None:
         if why := unfit(weight_OI):
             raise ValueError(why)
-        self._rounded = load(FP8_ROUNDING.get(weight_OI.device.type, FP8_ROUNDING["others"]))
-        self._forward = self._rounded(weight_OI)
-        self._backward = self._rounded(self.dense().T)
+        self._rounded: Callable[[Tensor], tuple[Tensor, Tensor]] = load(FP8_ROUNDING.get(weight_OI.device.type, FP8_ROUNDING["others"]))
+        self._forward: tuple[Tensor, Tensor] = self._rounded(weight_OI)
+        self._backward: tuple[Tensor, Tensor] = self._rounded(self.dense().T)
 
     def prepare(self, x_NI: Tensor) -> Any:
         """See `Base.prepare`: the rows in eight bits, their scales, and the dtype to come back to."""

@@ -48,8 +48,8 @@ def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
 
 def _without_training(recipe: Recipe) -> Recipe:
     """The same questions of the same rows, and nothing that was chosen for training: this may be another device."""
-    weights = dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_fp8"), False)
-    hardware = dict.fromkeys(("checkpointing", "compile", "graphs"), "auto")
+    weights: dict[str, Any] = dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_fp8"), False)
+    hardware: dict[str, Any] = dict.fromkeys(("checkpointing", "compile", "graphs"), "auto")
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update=weights),
