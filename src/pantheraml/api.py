@@ -427,7 +427,8 @@ class Trainer:
         from pantheraml.hardware.backend import open_backend
         from pantheraml.models.quantize import to_eight_bits
         from pantheraml.trainer.folder import PLAN, open_folder, write_json
-        from pantheraml.trainer.run import default_console, stored_plan
+        from pantheraml.trainer.resume import stored_plan
+        from pantheraml.trainer.run import default_console
 
         console = self.console or default_console()
         with open_folder(self.recipe, resume=resume_from_checkpoint) as (folder, recipe):

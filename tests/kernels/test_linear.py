@@ -152,11 +152,11 @@ class Held:
         self.prepared += 1
         return x
 
-    def forward(self, prepared: Tensor) -> Tensor:
-        return prepared @ self.weight.T
+    def forward(self, prepared: Tensor, add: Tensor | None = None) -> Tensor:
+        return prepared @ self.weight.T + (0 if add is None else add)
 
-    def backward(self, grad: Tensor) -> Tensor:
-        return grad @ self.weight
+    def backward(self, grad: Tensor, add: Tensor | None = None) -> Tensor:
+        return grad @ self.weight + (0 if add is None else add)
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["matrix", "held"])

@@ -28,7 +28,7 @@ from pantheraml.data.pack import efficiency
 from pantheraml.data.source import Counts, Examples, content_key, overlap, split, tokenize
 from pantheraml.errors import DataError
 from pantheraml.planning.batch import row_lengths
-from pantheraml.planning.plan import PACKED_ROW_EXAMPLES
+from pantheraml.planning.rows import PACKED_ROW_EXAMPLES
 from pantheraml.recipe.types import DataSpec, Format
 
 if TYPE_CHECKING:

@@ -8,22 +8,19 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pantheraml.errors import DeviceError, RecipeError
+from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of, whole_bytes
-from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, row_lengths
+from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths
 from pantheraml.planning.compile import choose_compile, choose_graphs, recording_bytes
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
 from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.rows import check_micro_tokens, choose_packing, choose_row_tokens, longest_allowed
 from pantheraml.planning.shape import ModelShape
 from pantheraml.recipe.types import LoRA, Recipe
-
-USUAL_TOKENS = 2048
-PACKED_ROW_EXAMPLES = 4
-"""A packed row holds about so many of the longest examples: the unfilled rest is small, attention still short."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +149,9 @@ def make_plan(
     chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention)
     threads, reasons["threads"] = _threads(recipe, available_threads)
     max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
-    packing, reasons["packing"] = _packing(recipe, shape)
-    row_tokens, reasons["row_tokens"] = _row_tokens(max_tokens, longest_example, packing)
-    _check_asked_micro_tokens(recipe, row_tokens[-1])
+    packing, reasons["packing"] = choose_packing(recipe, shape)
+    row_tokens, reasons["row_tokens"] = choose_row_tokens(max_tokens, longest_example, packing)
+    check_micro_tokens(recipe, row_tokens[-1])
 
     def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:
         return _memory(recipe, shape, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
@@ -295,58 +292,6 @@ def _threads(recipe: Recipe, available: int | None) -> tuple[int | None, str]:
     if recipe.hardware.threads is not None:
         return recipe.hardware.threads, "the recipe asks for it"
     return available, "all cores that this process may use" if available is not None else "decided when the backend opens"
-
-
-def longest_allowed(recipe: Recipe, shape: ModelShape) -> tuple[int, str]:
-    """Tokens of the longest example, and why. Raises: RecipeError if more is asked than the model was made for."""
-    asked = recipe.model.max_tokens
-    if asked == "auto":
-        if shape.max_tokens < USUAL_TOKENS:
-            return shape.max_tokens, "the longest position the model was made for"
-        return USUAL_TOKENS, f"enough for most data; the model could do {shape.max_tokens}"
-    if asked > shape.max_tokens:
-        raise RecipeError(
-            f"model.max_tokens={asked}, but {shape.name} was made for {shape.max_tokens}",
-            why="positions it never saw make it worse, without any error",
-            fix=f"set model.max_tokens to {shape.max_tokens} or less",
-        )
-    return asked, "the recipe asks for it"
-
-
-def _packing(recipe: Recipe, shape: ModelShape) -> tuple[bool, str]:
-    asked = recipe.data.packing
-    if asked == "auto":
-        if shape.packs:
-            return True, "the model keeps the examples of a row apart, so less is padded"
-        return False, f"{shape.family} carries state from one example of a row into the next"
-    if asked == "on" and not shape.packs:
-        raise RecipeError(
-            f"data.packing=on, but {shape.name} ({shape.family}) cannot keep packed examples apart",
-            why="its layers carry state along the row, so each example would see the one before it",
-            fix="set data.packing to off, or auto",
-        )
-    return asked == "on", "the recipe asks for it"
-
-
-def _row_tokens(max_tokens: int, longest_example: int | None, packing: bool) -> tuple[tuple[int, ...], str]:
-    if longest_example is None:
-        return row_lengths(max_tokens), "a few fixed lengths up to max_tokens, so that few shapes are compiled"
-    if packing:
-        lengths = row_lengths(max_tokens, longest_example * PACKED_ROW_EXAMPLES)
-        return lengths, f"room for several of the longest examples ({longest_example} tokens), up to max_tokens"
-    return row_lengths(
-        max_tokens, longest_example
-    ), f"a few fixed lengths; the longest example has {min(longest_example, max_tokens)} tokens"
-
-
-def _check_asked_micro_tokens(recipe: Recipe, longest_row: int) -> None:
-    asked = recipe.batch.micro_tokens
-    if asked != "auto" and asked < longest_row:
-        raise RecipeError(
-            f"batch.micro_tokens={asked} is less than the longest row, {longest_row} tokens",
-            why="a row is never cut, so the device must take at least one at once",
-            fix=f"set batch.micro_tokens to {longest_row} or more, or model.max_tokens to {asked} or less",
-        )
 
 
 def _remedies(
