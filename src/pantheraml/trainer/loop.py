@@ -135,8 +135,8 @@ def run(
     """Train from `position` to the end, and return where it ended.
 
     Args:
-        recovery: that of the engine. What it came to is part of the position, so that a run which goes on does so alike; what
-            `reliefs` counts was done again before.
+        recovery: that of the engine, which stands where the position says, or further on. What it comes to becomes part of the
+            position, so that a run which goes on does so alike.
     Raises:
         DivergedError: a loss or gradient was not finite. The weights are those before it, in a checkpoint.
         StoppedError: asked to stop, with a checkpoint saved.
@@ -144,7 +144,6 @@ def run(
     """
     pending: list[tuple[StepMetrics, StepRecord, tuple[str, ...]]] = []
     recovery = recovery or Recovery()
-    recovery.restore(position.parts, position.recoveries, position.reliefs)
     clock = time.perf_counter()
 
     def save() -> None:

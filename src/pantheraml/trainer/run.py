@@ -232,6 +232,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     if found:
         position = loop.Position(**{key: value for key, value in found.state.items() if key in loop.Position.__slots__})
         engine.load_state_dict(found.tensors)
+        recovery.restore(position.parts, position.recoveries, position.reliefs)
         for _ in range(position.reliefs):
             relief(model, decoder, graphs)
         checkpoints.discard_after(found.step)
