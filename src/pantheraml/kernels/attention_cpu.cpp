@@ -79,6 +79,7 @@ inline void strip(const typename P::E* a, int64_t a_row, const typename P::E* b,
                   int64_t inner, bool add) {
   int64_t i = 0;
   for (; i + TALL <= m; i += TALL) tile<P, TALL, N>(a + i * a_row, a_row, b, b_row, c + i * c_row, c_row, inner, add);
+  for (; i + 4 <= m; i += 4) tile<P, 4, N>(a + i * a_row, a_row, b, b_row, c + i * c_row, c_row, inner, add);
   for (; i < m; i++) tile<P, 1, N>(a + i * a_row, a_row, b, b_row, c + i * c_row, c_row, inner, add);
 }
 
@@ -88,6 +89,7 @@ void product(const typename P::E* a, int64_t a_row, const typename P::E* b, int6
              int64_t k, bool add) {
   int64_t j = 0, inner = k / P::PAIR;
   for (; j + WIDE * WIDTH <= n; j += WIDE * WIDTH) strip<P, WIDE>(a, a_row, b + j * P::PAIR, b_row, c + j, c_row, m, inner, add);
+  for (; WIDE > 2 && j + 2 * WIDTH <= n; j += 2 * WIDTH) strip<P, 2>(a, a_row, b + j * P::PAIR, b_row, c + j, c_row, m, inner, add);
   for (; j < n; j += WIDTH) strip<P, 1>(a, a_row, b + j * P::PAIR, b_row, c + j, c_row, m, inner, add);
 }
 
