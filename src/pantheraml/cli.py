@@ -65,7 +65,7 @@ def train(
 
 @app.command()
 def resume(run: RunFolder, as_json: AsJson = False) -> None:
-    """Go on with a run from its newest sound checkpoint."""
+    """Go on with a run from its newest sound checkpoint. Other hardware settings: change recipe.yaml in its folder first."""
     from pantheraml.trainer.runs import Run
 
     run = run if run.name else run.resolve()

@@ -20,7 +20,8 @@ from pantheraml.hardware.find import find
 from pantheraml.hardware.price import Price, price_of
 from pantheraml.hardware.settings import read_settings
 from pantheraml.hardware.speed import Measured, measure, remember, remembered
-from pantheraml.kernels.table import installed
+from pantheraml.kernels import native
+from pantheraml.kernels.table import CPU_ROOM, OPERATIONS, installed
 from pantheraml.models.quantize import available
 from pantheraml.planning.memory import format_bytes
 
@@ -228,7 +229,7 @@ def examine(
         memory=backend.memory(device.index),
         telemetry=_told(backend, device),
         smoke=smoke_steps(backend, device),
-        kernels=installed(device.kind) if device.dtypes else {},  # nothing trains there
+        kernels=_kernels(device) if device.dtypes else {},  # nothing trains there
         quantizers=available(backend.quantizers),
         price=price_of(device, own_usd_per_hour),
         measured=measured,
@@ -236,6 +237,15 @@ def examine(
         copy_share=measured.copy_bytes_per_s / bandwidth if measured and bandwidth else None,
         trouble=trouble,
     )
+
+
+def _kernels(device: Device) -> dict[str, str]:
+    """What computes each operation; without a compiler that is torch, where it would be our C++."""
+    built = native.compiler() is not None
+    return {
+        name: target if built or not target.startswith(CPU_ROOM) else OPERATIONS[name].reference
+        for name, target in installed(device.kind).items()
+    }
 
 
 def _told(backend: Backend, device: Device) -> Telemetry:

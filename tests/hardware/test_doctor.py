@@ -23,6 +23,7 @@ from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.cpu import CpuBackend
 from pantheraml.hardware.device import Absent, Device, Seen
 from pantheraml.hardware.speed import Measured
+from pantheraml.kernels.table import CPU_ROOM, OPERATIONS
 
 PAGE = Path(__file__).parents[2] / "docs/devices.md"
 
@@ -188,3 +189,11 @@ def test_every_device_of_the_machine_is_examined(monkeypatch: pytest.MonkeyPatch
     devices: list[Device] = [each.facts for each in report().devices]
     answers = CpuBackend().probe()
     assert isinstance(answers, tuple) and devices[-1].name == answers[0].name
+
+
+def test_without_a_compiler_the_cpu_has_the_references(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    device = fake_device("cpu")
+    assert pantheraml.doctor._kernels(device) == {name: operation.reference for name, operation in OPERATIONS.items()}
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert all(target.startswith(CPU_ROOM) for target in pantheraml.doctor._kernels(device).values())

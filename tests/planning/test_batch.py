@@ -121,3 +121,8 @@ def test_the_refusal_names_the_numbers_and_the_remedies() -> None:
     assert error.what == "training needs 151 MiB even with checkpointing, and the device has 150 MiB free, of which a plan fills 80%"
     assert "for 512 tokens at once: weights 100 MiB" in error.why
     assert error.fix == "set adapter.kind to lora; or pray"
+
+
+def test_a_level_that_is_asked_for_takes_as_many_tokens_at_once_as_a_lighter_one() -> None:
+    for level in ("keep", "all", "tiled"):
+        assert choose(10**6, rungs=(level,)).micro_tokens == choose(10**6, rungs=("keep", "all")).micro_tokens, level

@@ -287,3 +287,17 @@ def test_the_length_of_a_run_is_counted_in_steps() -> None:
     older = {name: value for name, value in long.to_dict().items() if name != "compile"}
     with pytest.raises(ValueError, match="compile"):  # a run that is resumed makes a new one
         Plan.from_dict(older)
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_rows_are_no_longer_than_what_is_asked_for_at_once_as_long_as_examples_fit(packing: str) -> None:
+    for asked in (100, 131, 600, 5000):
+        made = make_plan(
+            recipe(batch={"micro_tokens": asked}, data={"train": "rows.jsonl", "packing": packing}),
+            h100s(),
+            decoder_shape(),
+            longest_example=100,
+        )
+        assert made.micro_tokens == asked and 100 <= made.row_tokens[-1] <= asked
+    with pytest.raises(RecipeError, match="less than the longest row, 100 tokens"):
+        make_plan(recipe(batch={"micro_tokens": 99}), h100s(), decoder_shape(), longest_example=100)

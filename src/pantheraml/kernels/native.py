@@ -48,6 +48,11 @@ def why_not() -> str | None:
     return _state.why_not
 
 
+def compiler() -> str | None:
+    """Where a C++ compiler is here; None: there is none."""
+    return next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
 def prepare(folder: Path, say: Callable[[str], None] = lambda _: None) -> str | None:
     """Open the kernels that are kept in a folder, or build them there. Returns why that cannot be; None: they are open.
 
@@ -66,20 +71,20 @@ def prepare(folder: Path, say: Callable[[str], None] = lambda _: None) -> str | 
 
 
 def _opened(folder: Path, say: Callable[[str], None]) -> ctypes.CDLL:
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise OSError(f"there is no C++ compiler here ({', '.join(_COMPILERS)})")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     room = Path(__file__).parent
     texts = [(room / name).read_text(encoding="utf-8") for name in (*_SOURCES, *_HEADERS)]
     made_of = "\0".join((*texts, version, *_FLAGS, platform.machine(), _processor()))
     built = folder / f"{blake3.blake3(made_of.encode()).hexdigest()[:16]}.so"
     if not built.exists():
-        say("Building the CPU kernels, once, with " + version.splitlines()[0] + ".")
         folder.mkdir(parents=True, exist_ok=True)
+        say("Building the CPU kernels, once, with " + version.splitlines()[0] + ".")
         with tempfile.TemporaryDirectory(dir=folder) as private:  # two processes may build at once; each moves a whole file
             made = Path(private) / "kernels.so"
-            command = [compiler, *_FLAGS, *(str(room / name) for name in _SOURCES), "-o", str(made)]
+            command = [found, *_FLAGS, *(str(room / name) for name in _SOURCES), "-o", str(made)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=_LONGEST_BUILD_S)
             os.replace(made, built)
     # torch is open already, so the threads are found in the OpenMP that it brought.

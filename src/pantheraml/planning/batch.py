@@ -129,8 +129,8 @@ def choose_micro_tokens(
     def fits(tokens: int, levels: Levels) -> bool:
         return estimate(tokens, levels).total_bytes <= budget
 
-    light: list[Level] = [rung for rung in rungs if rung not in RECOMPUTED]
-    heavy: list[Level] = [rung for rung in rungs if rung in RECOMPUTED]
+    heavy: list[Level] = [rung for rung in rungs if rung in RECOMPUTED] if rungs[1:] else []
+    light: list[Level] = [rung for rung in rungs if rung not in heavy]
     tries: tuple[tuple[int, Level], ...] = (*((tokens, rung) for tokens in sizes for rung in light), *((sizes[-1], rung) for rung in heavy))
     for tokens, rung in tries:
         if fits(tokens, (rung,) * layers):

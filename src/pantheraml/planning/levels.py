@@ -42,8 +42,8 @@ def rungs(device: Device, asked: str, *, fused: bool) -> tuple[Level, ...]:
     level = ASKED[asked]
     if not fused and level not in ("keep", "all"):
         raise RecipeError(
-            f"hardware.checkpointing={asked}, but the kernels do not compute the layers of this model",
-            why="their own forward knows two ways: keep everything, or compute it all again",
+            f"hardware.checkpointing={asked}, but the kernels do not compute the layers of this model with this adapter",
+            why="their own forward, and that of adapters with dropout or DoRA, knows two ways: keep everything, or compute it all again",
             fix="set hardware.checkpointing to auto, on or off",
         )
     if level == "offload" and not own:

@@ -150,7 +150,9 @@ def make_plan(
     threads, reasons["threads"] = _threads(recipe, available_threads)
     max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
     packing, reasons["packing"] = choose_packing(recipe, shape)
-    row_tokens, reasons["row_tokens"] = choose_row_tokens(max_tokens, longest_example, packing)
+    row_tokens, reasons["row_tokens"] = choose_row_tokens(
+        max_tokens, longest_example, packing, None if recipe.batch.micro_tokens == "auto" else recipe.batch.micro_tokens
+    )
     check_micro_tokens(recipe, row_tokens[-1])
 
     def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:

@@ -44,8 +44,12 @@ def choose_packing(recipe: Recipe, shape: ModelShape) -> tuple[bool, str]:
     return asked == "on", "the recipe asks for it"
 
 
-def choose_row_tokens(max_tokens: int, longest_example: int | None, packing: bool) -> tuple[tuple[int, ...], str]:
-    """The static row lengths, rising, and why."""
+def choose_row_tokens(
+    max_tokens: int, longest_example: int | None, packing: bool, at_once: int | None = None
+) -> tuple[tuple[int, ...], str]:
+    """The static row lengths, rising, and why. at_once: tokens that the recipe wants to be taken at once."""
+    if at_once is not None and longest_example is not None:
+        max_tokens = min(max_tokens, max(at_once, longest_example))
     if longest_example is None:
         return row_lengths(max_tokens), "a few fixed lengths up to max_tokens, so that few shapes are compiled"
     if packing:
@@ -62,6 +66,6 @@ def check_micro_tokens(recipe: Recipe, longest_row: int) -> None:
     if asked != "auto" and asked < longest_row:
         raise RecipeError(
             f"batch.micro_tokens={asked} is less than the longest row, {longest_row} tokens",
-            why="a row is never cut, so the device must take at least one at once",
+            why="an example is never cut, so the device must take at least a whole one at once",
             fix=f"set batch.micro_tokens to {longest_row} or more, or model.max_tokens to {asked} or less",
         )

@@ -57,7 +57,8 @@ class ModelSpec(_Part):
         default=False, description="Hold the frozen base in 8-bit whole numbers and multiply in them; faster. LoRA only."
     )
     load_in_fp8: bool = Field(
-        default=False, description="Hold the frozen base in 8-bit floats and multiply in them (Hopper GPUs and later). LoRA only."
+        default=False,
+        description="Hold the frozen base in 8-bit floats and multiply in them (NVIDIA GPUs from 8.9 on: Ada, Hopper). LoRA only.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model. Off: it can do anything.")
 

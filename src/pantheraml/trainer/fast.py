@@ -35,7 +35,12 @@ def prepare_kernels(plan: Plan, say: Callable[[str], None]) -> None:
     """What is built or compiled once is kept in the cache. say: hears of a build before it begins."""
     cache = read_settings().cache
     if any(target.startswith(CPU_ROOM) for target in installed(plan.device.kind).values()):
-        native.prepare(cache, say)
+        why_not = native.prepare(cache, say)
+        if why_not is not None:
+            say(
+                f"Torch computes norms, gates and attention, which is slower: {why_not}. "
+                "The C++ kernels need a compiler (c++, g++ or clang++) and a folder to keep them in (PANTHERAML_CACHE)."
+            )
     if plan.compile:
         keep_graphs(cache)
 
