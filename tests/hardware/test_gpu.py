@@ -66,3 +66,27 @@ def test_running_out_of_memory_is_recognised(found: tuple[Backend, Device]) -> N
     with pytest.raises(RuntimeError) as caught:
         torch.empty(device.memory_bytes * 4, dtype=torch.uint8, device=backend.torch_device(device.index))
     assert classify(caught.value) == "out of memory"
+
+
+def test_what_is_recorded_is_computed_anew_at_each_replay(found: tuple[Backend, Device]) -> None:
+    backend, device = found
+    record = backend.recorder(device.index)
+    if record is None:
+        pytest.skip(f"nothing is recorded on {device.kind}")
+    where = backend.torch_device(device.index)
+    x, weight = torch.ones(4, 8, device=where), torch.full((8, 8), 0.5, device=where, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+
+    def compute() -> torch.Tensor:
+        loss = (x @ weight).sum()
+        loss.backward()
+        return loss.detach()
+
+    compute()
+    weight.grad.zero_()
+    result, replay = record(compute)
+    for factor in (1.0, 3.0):
+        weight.grad.zero_()
+        x.fill_(factor)
+        replay()
+        assert result.item() == 4 * 8 * 8 * 0.5 * factor and weight.grad.eq(4 * factor).all()
