@@ -93,12 +93,12 @@ class TorchEngine:
         gradients = self._flat.zero_gradients()
         count = max(1, batch.label_count)
         graphs = self._graphs if self._graphs is not None and self._graphs.trouble is None else None
-        divisor = torch.full((), count, dtype=torch.float32, device=self._device)
+        divisor = count if graphs is None else torch.full((), count, dtype=torch.float32, device=self._device)
         try:
             for micro in batch.micro:
                 for part in self._on_device(micro, parts, again=graphs is not None):
-                    if graphs is None:
-                        total += self._backward(part, count)
+                    if graphs is None or isinstance(divisor, int):
+                        total += self._backward(part, divisor)
                     else:
                         total += graphs.backward(part, divisor, self._backward, gradients)
         except (RuntimeError, MemoryError):

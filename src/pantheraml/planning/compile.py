@@ -46,7 +46,10 @@ def choose_graphs(
     """Whether forward and backward are recorded and replayed, and why.
 
     Args:
-        asked: hardware.graphs of the recipe. fits: there is room for the memory of a recording, which is its own. micro_batch_s: what computing a full micro-batch takes; None: not known.
+        asked: hardware.graphs of the recipe.
+        fused, compiled: the kernels, or torch's compiler, compute the layers. lora: not every weight trains.
+        fits: there is room for the memory of a recording, which is its own.
+        micro_batch_s: what computing a full micro-batch takes; None: not known.
     Raises: RecipeError if it is asked for and cannot be.
     """
     why_not = (
