@@ -67,6 +67,7 @@ def attention(
         ROWS=rows,
         COLUMNS=columns,
         num_warps=warps,
+        enable_fp_fusion=True,
         num_stages=stages,
     )
     return out, lse
@@ -107,6 +108,7 @@ def attention_backward(
         "COLUMNS": columns,
         "num_warps": warps,
         "num_stages": stages,
+        "enable_fp_fusion": True,
     }
     numbers = (tokens, starts.numel() - 1, heads // key_heads)
     strides = (*dout.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])

@@ -45,6 +45,7 @@ def cross_entropy(logits_CV: Tensor, labels_C: Tensor, scale: float, softcap: fl
         GRADIENT=gradient,
         BLOCK=min(4096, triton.next_power_of_2(vocabulary)),
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return loss
 

@@ -29,6 +29,7 @@ def rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
             MOST=torch.finfo(q.dtype).max,
             BLOCK=min(BLOCK, triton.next_power_of_2(width)),
             num_warps=8,
+            enable_fp_fusion=True,
         )
     return q, scale
 

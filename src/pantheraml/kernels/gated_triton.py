@@ -32,7 +32,7 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
         return a
     n_rows, width = gate.shape
     _forward[(n_rows, triton.cdiv(width, BLOCK))](
-        gate, up, a, width, gate.stride(0), up.stride(0), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
+        gate, up, a, width, gate.stride(0), up.stride(0), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
     )
     return a
 
@@ -53,7 +53,20 @@ def gated_backward(da_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, activation: st
         return dgate, dup, a
     n_rows, width = gate.shape
     _backward[(n_rows, triton.cdiv(width, BLOCK))](
-        da, gate, up, dgate, dup, a, width, da.stride(0), gate.stride(0), up.stride(0), ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
+        da,
+        gate,
+        up,
+        dgate,
+        dup,
+        a,
+        width,
+        da.stride(0),
+        gate.stride(0),
+        up.stride(0),
+        ACTIVATION=activation,
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return dgate, dup, a
 

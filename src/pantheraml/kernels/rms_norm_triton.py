@@ -36,7 +36,20 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor | None, eps: float, offset: float) -
         return y, rstd
     block, rows, warps = _tile(width)
     _forward[(triton.cdiv(n_rows, rows),)](
-        x, weight_D, y, rstd, n_rows, width, x.stride(0), eps, offset, WEIGHT=weight_D is not None, ROWS=rows, BLOCK=block, num_warps=warps
+        x,
+        weight_D,
+        y,
+        rstd,
+        n_rows,
+        width,
+        x.stride(0),
+        eps,
+        offset,
+        WEIGHT=weight_D is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=warps,
+        enable_fp_fusion=True,
     )
     return y, rstd
 
@@ -84,6 +97,7 @@ def rms_norm_backward(
         ROWS=rows,
         BLOCK=block,
         num_warps=warps,
+        enable_fp_fusion=True,
     )
     return dx, dw_PD.sum(0) if need_weight else dw_PD
 

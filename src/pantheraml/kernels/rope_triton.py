@@ -58,6 +58,7 @@ def rope(x_NHD: Tensor, cos_NR: Tensor, sin_NR: Tensor, interleaved: bool, inver
         PAIRS=block,
         PASSING=triton.next_power_of_2(passing) if passing else 0,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return y
 
