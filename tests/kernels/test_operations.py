@@ -20,6 +20,12 @@ from pantheraml.kernels.operations import ops
 from pantheraml.kernels.table import KERNELS, OPERATIONS, installed, load
 
 DTYPES = [torch.float32, torch.bfloat16]
+LOW_RANK_DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float64),
+]
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -227,6 +233,23 @@ def test_attention(
             assert_no_worse(mine, other, true, what)
 
 
+@pytest.mark.parametrize(("dtype", "b_dtype"), LOW_RANK_DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "outputs", "rank"), [(1, 16, 1), (33, 48, 5), (513, 272, 16), (300, 32, 40), (7, 17, 3)], ids=str)
+def test_low_rank(compute: Any, dtype: torch.dtype, b_dtype: torch.dtype, tokens: int, outputs: int, rank: int) -> None:
+    """On a slice of a wider matrix, as the skinny products of several adapters lie side by side."""
+    grad, y = drawn(tokens, outputs, dtype=dtype), drawn(tokens, outputs + 3, dtype=dtype, seed=1)[:, :outputs]
+    low, b = drawn(tokens, rank + 7, dtype=dtype, seed=2)[:, 4 : 4 + rank], drawn(outputs, rank, dtype=b_dtype, seed=3)
+    exact_b = b.to(dtype).double()
+    added, others = y.clone(), y.clone()
+    compute("low_rank_add", added, low, b, 0.7)
+    others += (low @ b.to(dtype).T) * 0.7
+    assert_no_worse(added, others, y.double() + 0.7 * low.double() @ exact_b.T, "y")
+    grad_low, grad_b = compute("low_rank_backward", grad, low, b, 0.7)
+    assert grad_low.dtype == dtype and grad_b.dtype == b_dtype
+    assert_no_worse(grad_low, grad @ b.to(dtype) * 0.7, 0.7 * grad.double() @ exact_b, "grad_low")
+    assert_no_worse(grad_b, (grad.T @ low).to(b_dtype) * 0.7, 0.7 * grad.double().T @ low.double(), "grad_b")
+
+
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu"])
 def test_gradients_of_the_references_are_those_of_finite_differences(name: str) -> None:
     from pantheraml.kernels.attention import attention
@@ -262,7 +285,10 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype, lengths: list[int], key
             out, lse = ops.attention(q, k, v, starts, max(lengths), 0.1, window, 0.0)
             grads = ops.attention_backward(dout, q, k, v, out, lse, starts, max(lengths), 0.1, window, 0.0)
             norm = ops.rms_norm_backward(dy, x, x[0], ops.rms_norm(x, x[0], 1e-5, 0.0)[1], 0.0, None, True)
-            results.append([out, lse, *grads, *norm])
+            low = ops.low_rank_backward(dy, x[:, :8], x.T[:, :8].float(), 0.7)
+            added = x.clone()
+            ops.low_rank_add(added, x[:, :8], x.T[:, :8].float(), 0.7)
+            results.append([out, lse, *grads, *norm, *low, added])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -301,6 +327,8 @@ def test_torch_knows_the_operations() -> None:
         "attention": (q, q, q, starts, 4, 0.3, 0, 0.0),
         "attention_backward": (q, q, q, q, out, lse, starts, 4, 0.3, 0, 0.0),
         "cross_entropy": (x.clone(), torch.tensor([1, 2, 3, 4, 5, -100]), 1.0, 0.0, True),
+        "low_rank_add": (x.clone(), x[:, :3], drawn(32, 3), 0.5),
+        "low_rank_backward": (x, x[:, :3], drawn(32, 3), 0.5),
     }
     assert calls.keys() == OPERATIONS.keys()
     for name, given in calls.items():

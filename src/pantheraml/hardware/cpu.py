@@ -21,7 +21,7 @@ from pantheraml.hardware.sensors import PowerMeter, package_energy
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.kinds import Kind
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _PROBE_SIZE = 768  # a few milliseconds a product
 
 
@@ -122,6 +122,16 @@ def return_freed_memory() -> bool:
     """
     mallopt = _of_libc("mallopt")
     return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, 1 << 20) == 1
+
+
+def keep_freed_memory() -> bool:
+    """From here on memory that is freed waits for its next use, where the C library is glibc.
+
+    Left to itself it gives back what lies at the end, and every step asks for it again, a page at a time: one to three percent of
+    a step. Returns whether it was done.
+    """
+    mallopt = _of_libc("mallopt")
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, 32 << 20) == 1 and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1) == 1
 
 
 def _of_libc(name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pantheraml.kernels import attention as _attention
 from pantheraml.kernels import cross_entropy as _cross_entropy
 from pantheraml.kernels import gated as _gated
+from pantheraml.kernels import low_rank as _low_rank
 from pantheraml.kernels import rms_norm as _rms_norm
 from pantheraml.kernels import rope as _rope
 from pantheraml.kernels.native import opened
@@ -141,6 +142,29 @@ def attention_backward(
     return dq, dk, dv
 
 
+def low_rank_add(y: Tensor, low: Tensor, b: Tensor, scale: float) -> None:
+    """See low_rank.py."""
+    kernels = _low_rank_kernels(y, low, b)
+    if kernels is None or y.stride(1) != 1:
+        _low_rank.reference_add(y, low, b, scale)
+        return
+    low = _rows(low)
+    given = (y, y.stride(0), low, low.stride(0), b.contiguous())
+    _call(kernels, f"low_rank_add_{_letters(y)}{_letters(b)}", *given, *y.shape, b.shape[1], scale)
+
+
+def low_rank_backward(grad: Tensor, low: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See low_rank.py."""
+    kernels = _low_rank_kernels(grad, low, b)
+    if kernels is None:
+        return _low_rank.reference_backward(grad, low, b, scale)
+    grad, low = _rows(grad), _rows(low)
+    grad_low, grad_b = torch.empty(low.shape, dtype=grad.dtype), torch.empty(b.shape, dtype=b.dtype)
+    given = (grad, grad.stride(0), b.contiguous(), low, low.stride(0), grad_b, grad_low)
+    _call(kernels, f"low_rank_backward_{_letters(grad)}{_letters(b)}", *given, *grad.shape, b.shape[1], scale)
+    return grad_low, grad_b
+
+
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale): rows rounded to eight bits, uint8 with 128 for zero; x is about (q - 128) * scale, float32 [N, 1]."""
     letter = _letters(x)
@@ -163,6 +187,12 @@ def scale_rows_(y: Tensor, scale: Tensor, add: Tensor | None = None) -> Tensor:
         return y.copy_(scaled if add is None else scaled + add.float())
     _call(kernels, f"scale_rows_{letter}", y, scale, None if add is None else add.contiguous(), *y.shape)
     return y
+
+
+def _low_rank_kernels(rows: Tensor, low: Tensor, b: Tensor) -> CDLL | None:
+    """None where the shape or the dtypes are not for the kernels."""
+    known = _letters(rows, low) + _letters(b) in ("ff", "hf", "hh") and b.shape[0] % _LANES == 0
+    return opened() if known else None
 
 
 def _letters(first: Tensor, *others: Tensor) -> str:

@@ -170,7 +170,7 @@ class _Linears(torch.autograd.Function):
                     prepared = base.prepare(h)
                 y = _product(h, prepared, base, weight, bias, residual, spec.factor)
                 if a is not None and b is not None and low is not None:
-                    y.addmm_(low[:, column : column + len(a)], b.to(y.dtype).T, alpha=scale * spec.factor)
+                    ops.low_rank_add(y, low[:, column : column + len(a)], b, scale * spec.factor)
                     column += len(a)
                 results.append(y)
         kept = h if spec.keep and h is not x else None
@@ -197,10 +197,9 @@ class _Linears(torch.autograd.Function):
                 if need[4 * i + 1]:
                     found[4 * i + 1] = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(biases[i].dtype)
                 if a is not None and b is not None:
-                    if need[4 * i + 3]:
-                        product = grad.T @ low[:, column : column + len(a)]
-                        found[4 * i + 3] = product.to(b.dtype).mul_(spec.scales[i])
-                    lows.append((grad @ b.to(grad.dtype)).mul_(spec.scales[i]))
+                    grad_low, grad_b = ops.low_rank_backward(grad, low[:, column : column + len(a)], b, spec.scales[i])
+                    found[4 * i + 3] = grad_b if need[4 * i + 3] else None
+                    lows.append(grad_low)
                     column += len(a)
                 if need_input:
                     grad_input = _back(grad, base, weight, grad_input)

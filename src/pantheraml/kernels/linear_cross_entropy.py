@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pantheraml.kernels.operations import ops
 
@@ -50,6 +49,12 @@ def linear_cross_entropy(
     return result
 
 
+def _even(tokens: int, chunk: int) -> int:
+    """At most `chunk`, so that no more chunks are about equal; a multiple of 64 where they are several."""
+    parts = -(-tokens // chunk)
+    return min(chunk, -(-tokens // parts // 64) * 64) if parts > 1 else chunk
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,9 +79,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         # The chunks' products are in `dtype` by hand; autocast would cast them once more.
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for start in range(0, hidden_ND.shape[0], chunk):
+            chunk = _even(len(hidden_ND), chunk)
+            room_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(weight))  # of all chunks: fresh memory costs a sixth of the product
+            for start in range(0, len(hidden_ND), chunk):
                 hidden_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
-                logits_CV = F.linear(hidden_CD, weight, bias)
+                logits_CV = room_CV[: len(hidden_CD)]
+                torch.mm(hidden_CD, weight.T, out=logits_CV) if bias is None else torch.addmm(bias, hidden_CD, weight.T, out=logits_CV)
                 needed = need_hidden or need_weight or need_bias
                 total += ops.cross_entropy(logits_CV, labels_C, scale, softcap or 0.0, needed).sum()
                 grad_CV = logits_CV  # their gradient has taken their place
@@ -86,7 +94,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.matmul(grad_CV, weight, out=grad_hidden[start : start + chunk])
                 if grad_weight is not None:
                     grad_weight += grad_CV.T @ hidden_CD
-                del logits_CV, grad_CV  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.parameter_dtype = weight_VD.dtype
         return total

@@ -39,8 +39,9 @@ def _late(target: str) -> Callable[..., Any]:
 def _register() -> None:
     for name, operation in OPERATIONS.items():
         _library.define(name + operation.signature, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, _late(operation.reference), "CompositeExplicitAutograd")
-        library.register_fake(f"pantheraml::{name}", _late(operation.shapes or operation.reference), lib=_library)
+        _library.impl(name, _late(operation.reference), "CompositeExplicitAutograd" if operation.opaque else "CompositeImplicitAutograd")
+        if operation.opaque:
+            library.register_fake(f"pantheraml::{name}", _late(operation.shapes or operation.reference), lib=_library)
     for (name, kind), target in KERNELS.items():
         _library.impl(name, _late(target), DISPATCH[kind])
 

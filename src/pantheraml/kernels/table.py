@@ -21,11 +21,13 @@ class Operation:
         signature: as torch writes it.
         reference: module:function in plain torch, right on every device, and what every other implementation is compared with.
         shapes: module:function that gives empty tensors of the result's shapes; None: the reference does, as its shapes depend on no value.
+        opaque: torch.compile takes it as one; else it is the reference's operations, where no kernel stands for them.
     """
 
     signature: str
     reference: str
     shapes: str | None = None
+    opaque: bool = True
 
 
 OPERATIONS: Mapping[str, Operation] = {
@@ -55,6 +57,10 @@ OPERATIONS: Mapping[str, Operation] = {
         _ROOM + "cross_entropy:reference",
         _ROOM + "cross_entropy:shapes",
     ),
+    "low_rank_add": Operation("(Tensor(a!) y, Tensor low, Tensor b, float scale) -> ()", _ROOM + "low_rank:reference_add", opaque=False),
+    "low_rank_backward": Operation(
+        "(Tensor grad, Tensor low, Tensor b, float scale) -> (Tensor, Tensor)", _ROOM + "low_rank:reference_backward", opaque=False
+    ),
 }
 
 DISPATCH: Mapping[str, str] = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}
@@ -67,7 +73,7 @@ KERNELS: Mapping[tuple[str, str], str] = {
         (name, kind): f"{_ROOM}{name.removesuffix('_backward')}_triton:{name}"
         for name in OPERATIONS
         for kind in ("cuda", "xpu")
-        if _HAS_TRITON  # it comes with torch for Linux, and not for Windows
+        if _HAS_TRITON and OPERATIONS[name].opaque  # it comes with torch for Linux, and not for Windows
     },
     **{(name, "cuda"): f"{_ROOM}attention_cuda:{name}" for name in ("attention", "attention_backward") if _HAS_TRITON},
 }

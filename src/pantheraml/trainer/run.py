@@ -24,7 +24,7 @@ from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
-from pantheraml.hardware.cpu import return_freed_memory, usable_cores
+from pantheraml.hardware.cpu import keep_freed_memory, return_freed_memory, usable_cores
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.find import find
 from pantheraml.hardware.monitor import Monitor
@@ -216,7 +216,10 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     graphs = Graphs(record) if record else None
     engine = TorchEngine(backend, recovery, graphs)
     prepare_kernels(plan, lambda said: console.print(said, markup=False, highlight=False))
-    gives_back = plan.checkpointing and in_host_memory(plan.device.kind) and return_freed_memory()
+    host = in_host_memory(plan.device.kind)
+    gives_back = host and plan.checkpointing and return_freed_memory()
+    if host and not plan.checkpointing:
+        keep_freed_memory()
     engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=lambda: relief(model, decoder, graphs))
 
     # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.

@@ -1,0 +1,19 @@
+"""What an adapter does with a layer's results: its part is added, and their gradient gives those of its second half.
+
+Letters: N tokens, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def reference_add(y_NO: Tensor, low_NR: Tensor, b_OR: Tensor, scale: float) -> None:
+    """y += scale * low @ b.T, in place; b is rounded to the dtype of y."""
+    y_NO.addmm_(low_NR, b_OR.to(y_NO.dtype).T, alpha=scale)
+
+
+def reference_backward(grad_NO: Tensor, low_NR: Tensor, b_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of low, in the dtype of grad, and of b, in its own."""
+    grad_low = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(scale)
+    return grad_low, (grad_NO.T @ low_NR).to(b_OR.dtype).mul_(scale)
