@@ -39,7 +39,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(not isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+        if any(not isinstance(leaf, Tensor | None) for leaf in tree_leaves(out)):
             raise RuntimeError(f"{func} is not permitted while a recording is made")
         # A view is the same memory the second time.
         if not any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns):

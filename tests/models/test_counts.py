@@ -43,6 +43,9 @@ class Products(TorchDispatchMode):
             right = right.T if name == "linear" else right
             assert left.ndim == 2, name  # attention's own are inside of its kernel
             self.seen.append((left.shape[0], left.shape[1], right.shape[1]))
+        if name.startswith("pantheraml::low_rank"):  # rows, the skinny result and b
+            rows, (outputs, rank) = len(args[0]), args[2].shape
+            self.seen += [(rows, rank, outputs)] if name.endswith("add") else [(rows, outputs, rank), (outputs, rows, rank)]
         return func(*args, **(kwargs or {}))
 
     def skinny(self) -> int:

@@ -48,6 +48,7 @@ from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.recipe.load import load_recipe
 from pantheraml.trainer import run
 
+run.keep_freed_memory = lambda: False  # what a step needs is read off the process: it may not lie there already
 SHORT_FROM, real_step, real_evaluate = int(sys.argv[1]), TorchEngine.step, TorchEngine.evaluate
 
 def held():

@@ -80,7 +80,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The chunks' products are in `dtype` by hand; autocast would cast them once more.
         with torch.autocast(hidden_ND.device.type, enabled=False):
             chunk = _even(len(hidden_ND), chunk)
-            room_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(weight))  # of all chunks: fresh memory costs a sixth of the product
+            # One for all chunks: fresh memory costs a sixth of the product.
+            room_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(weight))
             for start in range(0, len(hidden_ND), chunk):
                 hidden_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
                 logits_CV = room_CV[: len(hidden_CD)]
