@@ -110,8 +110,9 @@ def test_what_is_kept_for_backward_is_shared_input_and_the_skinny_product() -> N
 
     parameters = {each.data_ptr() for each in (weight, a32, b32)}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", dtype=torch.bfloat16):
-        lora_linear(x, weight, None, a32, b32, 1.0)
-        lora_linear(x, weight, None, a32, b32, 1.0)
+        # Held, so that the second has memory of its own.
+        both = [lora_linear(x, weight, None, a32, b32, 1.0) for _ in range(2)]
+    assert len(both) == 2
     # Two layers on one input: the input once, and a product of [64, 4] each.
     assert sum(size for place, size in kept.items() if place not in parameters) == 64 * 128 * 2 + 2 * 64 * 4 * 2
 
