@@ -278,8 +278,28 @@ def test_a_limit_on_addresses_counts_as_memory() -> None:
     assert free < total
 
 
+def run_with_glibc(program: str) -> None:
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs glibc")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_freed_memory_waits_for_its_next_use_until_it_is_let_go() -> None:
+    run_with_glibc(
+        "import resource, torch, psutil\n"
+        "from pantheraml.hardware.cpu import CpuBackend, keep_freed_memory\n"
+        "rss = lambda: psutil.Process().memory_info().rss >> 20\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "take = lambda: [torch.ones(6 << 20) for _ in range(8)]\n"  # 24 MiB each
+        "assert keep_freed_memory()\n"
+        "before = rss(); take(); assert rss() - before > 180, (before, rss())\n"
+        "so_far = faults(); take(); assert faults() - so_far < 24576, faults() - so_far\n"  # half of their pages
+        "CpuBackend().empty_cache(); assert rss() - before < 40, (before, rss())\n"
+    )
+
+
 def test_freed_memory_goes_back_to_the_system_on_request() -> None:
-    program = (
+    run_with_glibc(
         "import torch, psutil\n"
         "from pantheraml.hardware.cpu import CpuBackend, return_freed_memory\n"
         "rss = lambda: psutil.Process().memory_info().rss >> 20\n"
@@ -289,6 +309,3 @@ def test_freed_memory_goes_back_to_the_system_on_request() -> None:
         "assert before - after > 80, (before, after)\n"
         "CpuBackend().empty_cache()\n"
     )
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        pytest.skip("needs glibc")
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

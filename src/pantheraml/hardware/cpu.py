@@ -120,18 +120,22 @@ def return_freed_memory() -> bool:
     Left to itself it raises the size from which it does so, and what was freed lies in pieces between what is in use: a run that
     computes layers again held a third more. It costs about a tenth of the time. Returns whether it was done.
     """
-    mallopt = _of_libc("mallopt")
-    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, 1 << 20) == 1
+    return _set_malloc(mmap_threshold=1 << 20, trim_threshold=128 << 10)
 
 
 def keep_freed_memory() -> bool:
-    """From here on memory that is freed waits for its next use, where the C library is glibc.
+    """From here on pieces of up to 32 MiB that are freed wait for their next use, where the C library is glibc, until 2 GiB are free.
 
-    Left to itself it gives back what lies at the end, and every step asks for it again, a page at a time: one to three percent of
-    a step. Returns whether it was done.
+    Left to itself it gives back what is free at the end of the heap, and every step asks for it again, a page at a time: one to three
+    percent of a step. `CpuBackend.empty_cache` gives it back. Returns whether it was done.
     """
+    return _set_malloc(mmap_threshold=32 << 20, trim_threshold=(2 << 30) - 1)
+
+
+def _set_malloc(*, mmap_threshold: int, trim_threshold: int) -> bool:
+    """In bytes: pieces from which memory is a mapping of its own, and what may be free at the end of the heap. See man mallopt."""
     mallopt = _of_libc("mallopt")
-    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, 32 << 20) == 1 and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1) == 1
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, mmap_threshold) == mallopt(_M_TRIM_THRESHOLD, trim_threshold) == 1
 
 
 def _of_libc(name: str) -> Any:

@@ -20,6 +20,8 @@ _LETTERS = {torch.float32: "f", torch.bfloat16: "h"}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 _LANES = 16
 """Numbers of a vector: attention's heads are whole vectors."""
+_PART_ROWS, _PARTS = 256, 16
+"""Rows whose sum is made at once, and into how many parts a sum over rows is cut at most."""
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -160,8 +162,12 @@ def low_rank_backward(grad: Tensor, low: Tensor, b: Tensor, scale: float) -> tup
         return _low_rank.reference_backward(grad, low, b, scale)
     grad, low = _rows(grad), _rows(low)
     grad_low, grad_b = torch.empty(low.shape, dtype=grad.dtype), torch.empty(b.shape, dtype=b.dtype)
-    given = (grad, grad.stride(0), b.contiguous(), low, low.stride(0), grad_b, grad_low)
-    _call(kernels, f"low_rank_backward_{_letters(grad)}{_letters(b)}", *given, *grad.shape, b.shape[1], scale)
+    rows, (outputs, rank) = grad.shape[0], b.shape
+    pieces = -(-rows // _PART_ROWS)
+    part_rows = _PART_ROWS * max(1, -(-pieces // _PARTS))
+    sums = torch.empty(-(-rows // part_rows), -(-rank // _LANES) * _LANES, outputs)
+    given = (grad, grad.stride(0), b.contiguous(), low, low.stride(0), grad_b, grad_low, sums)
+    _call(kernels, f"low_rank_backward_{_letters(grad)}{_letters(b)}", *given, part_rows, rows, outputs, rank, scale)
     return grad_low, grad_b
 
 

@@ -36,7 +36,7 @@ def linear_cross_entropy(
         bias_V: added to the logits before the scale.
         scale: factor of the logits (Granite, Cohere, Falcon-H1).
         softcap: bound of the logits (Gemma 2); None: none.
-        chunk: labelled tokens a block; extra memory is the logits of one chunk in their dtype, and in float32
+        chunk: labelled tokens a block, at most; extra memory is the logits of one chunk in their dtype, and in float32
             beside them on a device without a kernel of its own.
     Returns: scalar float32, the sum over the N tokens; 0 where there are none.
     Source: the idea of arXiv 2411.09009 (never materialise the logits), here in plain torch.
@@ -50,7 +50,7 @@ def linear_cross_entropy(
 
 
 def _even(tokens: int, chunk: int) -> int:
-    """At most `chunk`, so that no more chunks are about equal; a multiple of 64 where they are several."""
+    """A size of at most `chunk` that makes as many chunks, about equal; a multiple of 64 unless that is more than `chunk`."""
     parts = -(-tokens // chunk)
     return min(chunk, -(-tokens // parts // 64) * 64) if parts > 1 else chunk
 
@@ -80,12 +80,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The chunks' products are in `dtype` by hand; autocast would cast them once more.
         with torch.autocast(hidden_ND.device.type, enabled=False):
             chunk = _even(len(hidden_ND), chunk)
-            # One for all chunks: fresh memory costs a sixth of the product.
+            # One for all chunks: fresh memory costs a sixth of the product on a CPU.
             room_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(weight))
             for start in range(0, len(hidden_ND), chunk):
                 hidden_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
                 logits_CV = room_CV[: len(hidden_CD)]
-                torch.mm(hidden_CD, weight.T, out=logits_CV) if bias is None else torch.addmm(bias, hidden_CD, weight.T, out=logits_CV)
+                if bias is None:
+                    torch.mm(hidden_CD, weight.T, out=logits_CV)
+                else:
+                    torch.addmm(bias, hidden_CD, weight.T, out=logits_CV)
                 needed = need_hidden or need_weight or need_bias
                 total += ops.cross_entropy(logits_CV, labels_C, scale, softcap or 0.0, needed).sum()
                 grad_CV = logits_CV  # their gradient has taken their place

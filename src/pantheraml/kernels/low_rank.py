@@ -1,4 +1,4 @@
-"""What an adapter does with a layer's results: its part is added, and their gradient gives those of its second half.
+"""Adding an adapter's part to a layer's results; and from their gradient, those of the skinny product and of b.
 
 Letters: N tokens, O outputs, R rank.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def reference_add(y_NO: Tensor, low_NR: Tensor, b_OR: Tensor, scale: float) -> None:
-    """y += scale * low @ b.T, in place; b is rounded to the dtype of y."""
+    """y += scale * low @ b.T, in place; b is rounded to the dtype of y, or is not."""
     y_NO.addmm_(low_NR, b_OR.to(y_NO.dtype).T, alpha=scale)
 
 

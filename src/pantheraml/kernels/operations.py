@@ -1,6 +1,6 @@
 """The operations as torch sees them: each is registered once, with an implementation for each kind of device.
 
-So torch.compile takes an operation as one, selective checkpointing can name it, and the dispatcher finds the
+So torch.compile takes an operation as one (see Operation.opaque), selective checkpointing can name it, and the dispatcher finds the
 implementation by the device of its tensors. Nothing is built or imported before an operation is called.
 """
 

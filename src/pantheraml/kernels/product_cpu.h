@@ -19,7 +19,6 @@ constexpr int TALL = 4, WIDE = 1;
 struct Single {
   using E = float;
   static constexpr int PAIR = 1;
-  static E element(float v) { return v; }
   using Row = Floats;
   static Floats row(const E* b) { return load(b); }
   static Floats many(const E* a) { return all(*a); }
@@ -96,7 +95,7 @@ void product(const typename P::E* a, int64_t a_row, const typename P::E* b, int6
   for (; j < n; j += WIDTH) strip<P, 1>(a, a_row, b + j * P::PAIR, b_row, m, inner, beside(j));
 }
 
-// The product is written to c, or added: then each block's own sum is added, which are fewer roundings than one long sum.
+// The product is written to c, or added: then each block's own sum is added, which errs less than one long sum.
 template <typename P>
 void product(const typename P::E* a, int64_t a_row, const typename P::E* b, int64_t b_row, float* c, int64_t c_row, int64_t m, int64_t n,
              int64_t k, bool add) {
@@ -171,7 +170,7 @@ void paired(const T* const* rows, int64_t count, int64_t padded, int64_t width, 
     }
 }
 
-// Rows x and x + 1 of a matrix [][padded], at column c, as a sum over its rows takes them.
+// Rows x and x + 1 of a matrix [][padded], at column c, as a sum over its rows takes them; x is even.
 inline void put_rows(float* out, int64_t x, int64_t padded, int64_t c, Floats a, Floats b) {
   store(out + x * padded + c, a);
   store(out + (x + 1) * padded + c, b);

@@ -21,7 +21,8 @@ class Operation:
         signature: as torch writes it.
         reference: module:function in plain torch, right on every device, and what every other implementation is compared with.
         shapes: module:function that gives empty tensors of the result's shapes; None: the reference does, as its shapes depend on no value.
-        opaque: torch.compile takes it as one; else it is the reference's operations, where no kernel stands for them.
+        opaque: torch.compile takes it as one. Else it sees the reference's operations, but where a kernel stands for an operation that
+            writes to none of its arguments; such operations have no kernel in Triton.
     """
 
     signature: str

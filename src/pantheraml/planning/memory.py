@@ -24,7 +24,7 @@ TILE_TOKENS = 1024
 """Tokens of a piece of the MLP at these levels."""
 RECOMPUTED: frozenset[Level] = frozenset({"all", "tiled", "offload"})
 """Levels at which a layer's products are computed a second time."""
-LOSS_CHUNK_BYTES = 64 << 20
+LOSS_CHUNK_BYTES = 80 << 20
 LOSS_CHUNK_TOKENS = 1024
 """Labelled tokens whose logits the fused output head holds at once: so many, or as many as have LOSS_CHUNK_BYTES of logits, but 128."""
 OPTIMIZER_BYTES: Mapping[str, float] = {"float32": 8, "8bit": 2 + 2 * 4 / 256, "paged": 2 + 2 * 4 / 256}

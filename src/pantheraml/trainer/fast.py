@@ -90,7 +90,7 @@ def slower_than_could_be(model: Any, plan: Plan) -> list[str]:
     if stock := stock_layers(model):
         found.append(f"{stock} adapted layers were computed by PEFT itself: the kernels have no dropout, DoRA or several adapters")
     if (why := native.why_not()) is not None:
-        found.append(f"torch computed norms, gates and attention, not the C++ kernels: {why}")
+        found.append(f"torch computed norms, gates, attention and adapters, not the C++ kernels: {why}")
     if only_references(plan.device.kind):
         found.append("torch computed norms, gates and attention: there are no kernels for this device here (GPUs need the package triton)")
     return found

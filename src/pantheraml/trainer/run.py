@@ -203,7 +203,10 @@ def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Conso
     """Train the model that is here, and leave results and report in the folder. Goes on where checkpoints are found."""
     stop = loop.Stop()
     with stop.listening(), whole_matrices(model, view.plan):
-        return _fit(view, model, backend, folder, console, stop)
+        try:
+            return _fit(view, model, backend, folder, console, stop)
+        finally:
+            backend.empty_cache()  # what was kept for a next step
 
 
 def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console, stop: loop.Stop) -> Run:
@@ -220,7 +223,13 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     gives_back = host and plan.checkpointing and return_freed_memory()
     if host and not plan.checkpointing:
         keep_freed_memory()
-    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=lambda: relief(model, decoder, graphs))
+
+    def lighter() -> str | None:
+        if host:
+            return_freed_memory()
+        return relief(model, decoder, graphs)
+
+    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=lighter)
 
     # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.
     samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
@@ -237,7 +246,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         engine.load_state_dict(found.tensors)
         recovery.restore(position.parts, position.recoveries, position.reliefs)
         for _ in range(position.reliefs):
-            relief(model, decoder, graphs)
+            lighter()
         checkpoints.discard_after(found.step)
         console.print(f"Going on after step {found.step} of {source.total_steps}.", markup=False)
 
