@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def reference_add(y_NO: Tensor, low_NR: Tensor, b_OR: Tensor, scale: float) -> None:
-    """y += scale * low @ b.T, in place; b is rounded to the dtype of y, or is not."""
+    """y += scale * low @ b.T, in place, with b in the dtype of y (in C++ it stays float32 where the CPU has no bfloat16 products)."""
     y_NO.addmm_(low_NR, b_OR.to(y_NO.dtype).T, alpha=scale)
 
 
