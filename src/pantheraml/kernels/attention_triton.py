@@ -217,7 +217,7 @@ def _forward(
     highest = tl.full([ROWS], -1.0e38, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sum_v = tl.zeros([ROWS, BLOCK_WIDTH], tl.float32)
-    for start in range(tl.min(lowest, axis=0) // COLUMNS * COLUMNS, tl.minimum(n_tokens, block * ROWS + ROWS), COLUMNS):
+    for start in range(lowest.min(axis=0) // COLUMNS * COLUMNS, tl.minimum(n_tokens, block * ROWS + ROWS), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = (columns < n_tokens)[:, None] & (features < WIDTH)[None, :]
         wide_columns = columns.to(tl.int64)[:, None]
@@ -226,10 +226,10 @@ def _forward(
         if SOFTCAP:
             z = bounded(z, softcap)
         z = tl.where((columns[None, :] >= lowest[:, None]) & (columns[None, :] <= rows[:, None]), z, -float("inf"))
-        higher = tl.maximum(highest, tl.max(z, axis=1))
+        higher = tl.maximum(highest, z.max(axis=1))
         p = tl.exp2((z - higher[:, None]) * LOG2_E)
         shrink = tl.exp2((highest - higher) * LOG2_E)
-        total = total * shrink + tl.sum(p, axis=1)
+        total = total * shrink + p.sum(axis=1)
         v = tl.load(v_ptr + head // group * v_head + wide_columns * v_token + features[None, :], mask=inside, other=0.0)
         sum_v = sum_v * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         highest = higher
@@ -290,11 +290,11 @@ def _backward_q(
     q = tl.load(q_ptr + head * q_head + wide_rows * q_token + features[None, :], mask=known, other=0.0)
     dout = tl.load(dout_ptr + head * dout_head + wide_rows * dout_token + features[None, :], mask=known, other=0.0)
     out = tl.load(out_ptr + head * out_head + wide_rows * out_token + features[None, :], mask=known, other=0.0)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+    delta = (dout.to(tl.float32) * out.to(tl.float32)).sum(axis=1)
     tl.store(delta_ptr + head * n_tokens + rows, delta, mask=real)
     lse = tl.load(lse_ptr + head * n_tokens + rows)
     dq = tl.zeros([ROWS, BLOCK_WIDTH], tl.float32)
-    for start in range(tl.min(lowest, axis=0) // COLUMNS * COLUMNS, tl.minimum(n_tokens, block * ROWS + ROWS), COLUMNS):
+    for start in range(lowest.min(axis=0) // COLUMNS * COLUMNS, tl.minimum(n_tokens, block * ROWS + ROWS), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = (columns < n_tokens)[:, None] & known
         wide_columns = columns.to(tl.int64)[:, None]
@@ -366,7 +366,7 @@ def _backward_kv(
     dv = tl.zeros([COLUMNS, BLOCK_WIDTH], tl.float32)
     for member in range(0, group):
         head = key_head * group + member
-        for start in range(block * COLUMNS // ROWS * ROWS, tl.max(end, axis=0), ROWS):
+        for start in range(block * COLUMNS // ROWS * ROWS, end.max(axis=0), ROWS):
             rows = start + tl.arange(0, ROWS)
             inside = (rows < n_tokens)[:, None] & known
             wide_rows = rows.to(tl.int64)[:, None]

@@ -110,8 +110,8 @@ def _cross_entropy(
             if SOFTCAP:
                 z = bounded(z, softcap)
             z = tl.where(columns < vocabulary, z, -float("inf"))
-            higher = tl.maximum(highest, tl.max(z, axis=0))
-            total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), axis=0)
+            higher = tl.maximum(highest, z.max(axis=0))
+            total = total * tl.exp(highest - higher) + tl.exp(z - higher).sum(axis=0)
             highest = higher
         lse = highest + tl.log(total)
         tl.store(loss_ptr + token, lse - z_label)

@@ -51,7 +51,7 @@ def _rounded(
     for start in range(0, width, BLOCK):
         columns = start + block
         x = tl.load(x_ptr + row * row_stride + columns * stride, mask=columns < width, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=0))
+        largest = tl.maximum(largest, tl.abs(x).max(axis=0))
     scale = largest / MOST
     tl.store(scale_ptr + row, scale)
     for start in range(0, width, BLOCK):

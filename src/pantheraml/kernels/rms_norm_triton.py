@@ -133,7 +133,7 @@ def _forward(
     inside = (rows < n_rows)[:, None] & (columns < width)[None, :]
     wide_rows = rows.to(tl.int64)[:, None]  # rows * stride can pass 2^31
     x = tl.load(x_ptr + wide_rows * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+    rstd = 1.0 / tl.sqrt((x * x).sum(axis=1) / width + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     factor = tl.full([BLOCK], 0.0, tl.float32) + offset
     if WEIGHT:
@@ -178,11 +178,11 @@ def _backward(
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         h = x * rstd
         g = dy * factor[None, :]
-        dx = rstd * (g - h * (tl.sum(g * h, axis=1) / width)[:, None])
+        dx = rstd * (g - h * ((g * h).sum(axis=1) / width)[:, None])
         if ADD:
             dx += tl.load(add_ptr + wide_rows * add_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + wide_rows * width + columns[None, :], dx, mask=inside)
         if NEED_WEIGHT:
-            dw += tl.sum(dy * h, axis=0)
+            dw += (dy * h).sum(axis=0)
     if NEED_WEIGHT:
         tl.store(dw_ptr + program.to(tl.int64) * width + columns, dw, mask=columns < width)
