@@ -24,17 +24,18 @@ class MicroTensors:
 
     Attributes:
         input_ids, position_ids, labels: int64 [B, T]; labels are already shifted, -100 counts for nothing.
-        starts: int32 [S + 1], where the examples begin in the B*T tokens one after the other, and B*T.
+        starts: int32 [S + 1], where the examples begin in the B*T tokens one after the other, and B*T. None where shapes are
+            static: the model's own forward computes rows, and its attention tells examples by their positions.
         longest: tokens of the longest of them.
-        labelled: int64, which of the B*T tokens have a label.
+        labelled: int64, which of the B*T tokens have a label. None: all are treated as if they had one.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    starts: Tensor
+    starts: Tensor | None
     longest: int
-    labelled: Tensor
+    labelled: Tensor | None
 
 
 LossFn = Callable[[Any, MicroTensors], "Tensor"]
@@ -104,3 +105,15 @@ class Engine(Protocol):
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """Puts back the weights alone."""
         ...
+
+
+def check_fits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises: ValueError unless a state has the names and shapes that are wanted, and no others."""
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    other = [
+        f"{name} {tuple(state[name].shape)}" for name in sorted(wanted.keys() & state.keys()) if tuple(state[name].shape) != wanted[name]
+    ]
+    if missing or extra or other:
+        raise ValueError(
+            f"the saved state does not fit this model: missing {missing[:3]}, not known {extra[:3]}, of another shape {other[:3]}"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pantheraml.data.pack import MicroBatch, StepBatch, divided, labelled_tokens, lengthened, pieces, segments
 from pantheraml.engines.adamw import open_adamw
-from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues
+from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues, check_fits
 from pantheraml.engines.flat import FlatParameters, norm_of
 from pantheraml.engines.graphs import Graphs, recurring
 from pantheraml.errors import DeviceError
@@ -157,14 +157,14 @@ class TorchEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
         moments = {name: tensor for name, tensor in state.items() if not name.startswith("weight/")}
-        _check_fits(state, self._weight_shapes() | (self._adamw.shapes() if moments else {}))
+        check_fits(state, self._weight_shapes() | (self._adamw.shapes() if moments else {}))
         self._adamw.load(moments)
         self.load_weights(state)
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_weights`."""
         # All of it is looked at before any weight changes.
-        _check_fits({name: tensor for name, tensor in state.items() if name.startswith("weight/")}, self._weight_shapes())
+        check_fits({name: tensor for name, tensor in state.items() if name.startswith("weight/")}, self._weight_shapes())
         for name, view in self._flat.views(self._flat.weights).items():
             view.copy_(state[f"weight/{name}"])
 
@@ -251,14 +251,3 @@ def _copied(tensor: Tensor) -> Tensor:
 def _mixed(seed: int, k: int) -> int:
     """A seed for step k: steps that follow each other get numbers that have nothing in common."""
     return int.from_bytes(blake3.blake3(f"{seed}:{k}".encode()).digest(7), "big")
-
-
-def _check_fits(state: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    other = [
-        f"{name} {tuple(state[name].shape)}" for name in sorted(wanted.keys() & state.keys()) if tuple(state[name].shape) != wanted[name]
-    ]
-    if missing or extra or other:
-        raise ValueError(
-            f"the saved state does not fit this model: missing {missing[:3]}, not known {extra[:3]}, of another shape {other[:3]}"
-        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pantheraml.kernels.operations import ops
 
@@ -41,6 +42,10 @@ def linear_cross_entropy(
     Returns: scalar float32, the sum over the N tokens; 0 where there are none.
     Source: the idea of arXiv 2411.09009 (never materialise the logits), here in plain torch.
     """
+    if has_torch_function_unary(hidden_ND):  # a tensor that is not torch's own, or whoever traces this, may have another way
+        how: dict[str, Any] = {"bias_V": bias_V, "scale": scale, "softcap": softcap, "chunk": chunk}
+        traced: Tensor = handle_torch_function(linear_cross_entropy, (hidden_ND,), hidden_ND, weight_VD, labels_N, **how)
+        return traced
     kind = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
     if not torch.is_grad_enabled():  # autograd.Function cannot see this, and would compute gradients for nobody

@@ -62,8 +62,8 @@ def attach(model: Any, spec: LoRA, *, seed: int) -> PeftModel:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:
-        with torch.random.fork_rng():  # the caller's random numbers stay as they are
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=()):  # the caller's random numbers stay as they are; PEFT draws on the CPU
+            torch.default_generator.manual_seed(seed)
             return get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(

@@ -28,28 +28,29 @@ def sft_loss(model: Any, decoder: Decoder | None = None) -> LossFn:
         decoder = Decoder(model)
 
     def from_hidden(_: Any, batch: MicroTensors) -> Tensor:
-        return head_loss(head, hidden_states(head, batch) if decoder is None else decoder.hidden(batch), batch)
+        own_forward = decoder is None or batch.starts is None
+        return head_loss(head, hidden_states(head, batch) if own_forward else decoder.hidden(batch), batch)
 
     return from_hidden
 
 
-def head_loss(head: Head, hidden_ND: Tensor, batch: MicroTensors) -> Tensor:
-    """Sum of the token losses without the logits of the whole batch. hidden_ND: of the labelled tokens."""
+def head_loss(head: Head, hidden: Tensor, batch: MicroTensors) -> Tensor:
+    """Sum of the token losses without the logits of the whole batch. hidden: of the labelled tokens [N, D], or of all [B, T, D]."""
     return linear_cross_entropy(
-        hidden_ND,
+        hidden,
         head.linear.weight,
-        batch.labels.flatten().index_select(0, batch.labelled),
+        batch.labels if batch.labelled is None else batch.labels.flatten().index_select(0, batch.labelled),
         bias_V=head.linear.bias,
         scale=head.scale,
         softcap=head.softcap,
-        chunk=loss_chunk(len(head.linear.weight), hidden_ND.element_size()),
+        chunk=loss_chunk(len(head.linear.weight), hidden.element_size()),
     )
 
 
 def hidden_states(head: Head, batch: MicroTensors) -> Tensor:
-    """[labelled tokens, D] after the last norm, by the model's own forward."""
+    """[labelled tokens, D] after the last norm, by the model's own forward; [B, T, D] where all tokens count."""
     hidden_BTD = head.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-    return hidden_BTD.flatten(0, 1).index_select(0, batch.labelled)
+    return hidden_BTD if batch.labelled is None else hidden_BTD.flatten(0, 1).index_select(0, batch.labelled)
 
 
 def stock_loss(model: Any, batch: MicroTensors) -> Tensor:

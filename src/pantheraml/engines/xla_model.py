@@ -1,0 +1,480 @@
+"""A torch model and its loss as a function of arrays, which JAX can differentiate, compile and spread over devices.
+
+The only file that imports torchax: the model's own forward is traced with it, unchanged but for three places. Layers that are
+alike become one loop over their stacked weights, so that compiling takes as long for 80 layers as for 2; attention is computed
+here, since it must keep packed examples apart without a mask tensor; and the loss holds the logits of one chunk at a time.
+
+Letters: B rows, T tokens of a row, D hidden, V vocabulary, H heads, K key heads, W width of a head, G loops over a period of P layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchax.tensor import Environment
+
+from pantheraml.engines.engine import LossFn, MicroTensors
+from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
+from pantheraml.models.head import causal_model
+from pantheraml.planning.levels import Levels
+from pantheraml.planning.memory import Level
+
+ATTENTION = "pantheraml_xla"
+"""The name under which transformers finds `_attention`; a name that it has no mask for, so that none is made."""
+Arrays = dict[str, Any]
+"""Name of a `Slot` -> array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Tensors of the model that are one array: one tensor, or the same one of G layers, stacked.
+
+    Attributes:
+        name: the tensor's, with `*` where the number of the layer would stand.
+        members: names of the tensors in the model.
+        stacked: the array's first axis counts layers.
+        shape: of one member. dtype: of torch.
+        trains: its values are learned.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    stacked: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trains: bool
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return (len(self.members), *self.shape) if self.stacked else self.shape
+
+
+class TracedModel:
+    """What a model and a loss compute, for weights and a batch that are arrays.
+
+    Args:
+        model: any causal language model of transformers, adapted or not; it is left as it is.
+        loss: of a training method.
+        levels: what each layer keeps for backward: keep, cheap (results of products), all (the input alone).
+        pin: what layers hand on goes through it, to stay spread over the devices as it is.
+    """
+
+    def __init__(self, model: Any, loss: LossFn, levels: Levels | None = None, *, pin: Callable[[Any], Any] = lambda x: x) -> None:
+        _register_attention()
+        self._env = Environment()
+        self._env.override_op_definition(linear_cross_entropy, self._cross_entropy)
+        self._model, self._call, self.pin = model, _Call(model, loss), pin
+        self._causal = causal_model(model)
+        self._places = _places_of(model, self._causal)
+        self.levels: Levels = tuple(levels or ("keep",) * len(self._places.layers))
+        self.slots: tuple[Slot, ...] = tuple(self._slots())
+
+    def loss(self, arrays: Arrays, ids_BT: Any, positions_BT: Any, labels_BT: Any, key: Any, *, train: bool) -> Any:
+        """The sum of the losses of a micro-batch, a float32 scalar of JAX. key: for dropout."""
+        with self._env, self.drawing(key), _mode(self._model, train), self._own_attention(positions_BT):
+            with self._looped(arrays) as plain:
+                tensors = self.tensor(plain)
+                ids, positions, labels = self.tensor((ids_BT, positions_BT, labels_BT))
+                batch = MicroTensors(ids, positions, labels, starts=None, longest=ids_BT.shape[1], labelled=None)
+                return self.array(torch.func.functional_call(self._call, tensors, (batch,)))
+
+    def tensor(self, arrays: Any) -> Any:
+        """Arrays, in whatever they are nested, as tensors that are traced; nothing is copied."""
+        return self._env.j2t_iso(arrays)
+
+    def array(self, tensors: Any) -> Any:
+        """What `tensor` gave, as arrays."""
+        return self._env.t2j_iso(tensors)
+
+    def drawing(self, key: Any) -> AbstractContextManager[None]:
+        """Within the block, random numbers come from this key."""
+        return self._env.override_property(prng=key)
+
+    def split_key(self, count: int) -> Any:
+        """So many keys, made of the next one."""
+        return jax.random.split(self._env.get_and_rotate_prng_key(), count)
+
+    # ---- Which tensors are one array --------------------------------------------------------------------------------
+
+    def _slots(self) -> Iterator[Slot]:
+        """Every parameter and buffer of the model, in its order."""
+        places = self._places
+        tensors = {name: (parameter, parameter.requires_grad) for name, parameter in self._model.named_parameters()}
+        tensors |= {name: (buffer, False) for name, buffer in self._model.named_buffers()}
+        for name, (tensor, trains) in tensors.items():
+            number, rest = places.inside(name)
+            about = (tuple(tensor.shape), tensor.dtype, trains)
+            if number is None or number >= places.looped:
+                yield Slot(name, (name,), False, *about)
+            elif number < places.period:
+                members = tuple(f"{places.prefix}{i}.{rest}" for i in range(number, places.looped, places.period))
+                yield Slot(f"{places.prefix}{_star(number, places.period)}.{rest}", members, True, *about)
+
+    # ---- Layers as one loop -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _looped(self, arrays: Arrays) -> Iterator[Arrays]:
+        """Within the block the model's layers are loops; what is left are the arrays of its other tensors, by their own names."""
+        places = self._places
+        of_layers: list[Arrays] = [{} for _ in places.layers]  # of the first of each loop, or of a layer by itself
+        plain: Arrays = {}
+        for slot in self.slots:
+            number, rest = places.inside(slot.members[0])
+            if number is None:
+                plain[f"model.{slot.name}"] = arrays[slot.name]
+            else:
+                of_layers[number][rest] = arrays[slot.name]
+        if not places.layers:
+            yield plain
+            return
+        modules: list[nn.Module] = []
+        if places.looped:
+            period = _Period(self, places.layers[: places.period], of_layers[: places.period], self._loop_levels())
+            modules += [_Member(period, i) for i in range(places.period)]
+        for i in range(places.looped, len(places.layers)):
+            modules += [_Member(_Period(self, places.layers[i : i + 1], [of_layers[i]], (self.levels[i],), stacked=False), 0)]
+        config, count = self._causal.config, self._causal.config.num_hidden_layers
+        setattr(places.owner, places.attribute, nn.ModuleList(modules))
+        config.num_hidden_layers = len(modules)
+        try:
+            yield plain
+        finally:
+            config.num_hidden_layers = count
+            setattr(places.owner, places.attribute, places.layers)
+
+    def _loop_levels(self) -> tuple[Level, ...]:
+        """The level of each turn of the loop: the lowest of its layers."""
+        order = ("keep", "cheap", "all")
+        period, looped = self._places.period, self._places.looped
+        return tuple(max(self.levels[i : i + period], key=order.index) for i in range(0, looped, period))
+
+    # ---- Attention --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _own_attention(self, positions_BT: Any) -> Iterator[None]:
+        """Within the block, attention is ours, and knows which tokens belong together."""
+        config = self._causal.config
+        before, config._attn_implementation = config._attn_implementation, ATTENTION
+        segments_BT = jnp.cumsum(positions_BT == 0, axis=1)
+        token = _tracing.append((self, segments_BT))
+        try:
+            yield token
+        finally:
+            _tracing.pop()
+            config._attn_implementation = before
+
+    # ---- Loss -------------------------------------------------------------------------------------------------------
+
+    def _cross_entropy(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias_V: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        chunk: int = 1024,
+    ) -> Tensor:
+        """See `linear_cross_entropy`, for hidden [B, T, D] and labels [B, T]: a chunk is some tokens of every row."""
+        given: Any = self.array((hidden, weight, labels, bias_V))
+        hidden_BTD, weight_VD, labels_BT, bias = given
+        rows, tokens = labels_BT.shape
+        parts = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * rows <= max(chunk, rows))
+
+        @functools.partial(jax.checkpoint, policy=None)
+        def of_chunk(total: Any, chunk: Any) -> tuple[Any, None]:
+            hidden_BCD, labels_BC = chunk
+            logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, weight_VD, preferred_element_type=jnp.float32)
+            logits = (logits if bias is None else logits + bias) * scale
+            logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+            at_label = jnp.take_along_axis(logits, jnp.maximum(labels_BC, 0)[..., None], -1)[..., 0]
+            losses = jax.nn.logsumexp(logits, -1) - at_label
+            return total + jnp.where(labels_BC >= 0, losses, 0.0).sum(), None
+
+        chunks = (
+            jnp.moveaxis(self.pin(hidden_BTD).reshape(rows, parts, tokens // parts, -1), 1, 0),
+            jnp.moveaxis(labels_BT.reshape(rows, parts, tokens // parts), 1, 0),
+        )
+        return self.tensor(jax.lax.scan(of_chunk, jnp.zeros((), jnp.float32), chunks)[0])
+
+
+class _Call(nn.Module):
+    """The loss of a model as a module, whose parameters are the model's under `model.`."""
+
+    def __init__(self, model: nn.Module, loss: LossFn) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, batch: MicroTensors) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the layers of a model are.
+
+    Attributes:
+        owner, attribute: the module that holds them, and under which name; prefix: of the names of their tensors.
+        layers: all of them.
+        period: so many layers of different kinds follow each other again and again. looped: layers of whole periods, from the first.
+    """
+
+    owner: nn.Module
+    attribute: str
+    prefix: str
+    layers: nn.ModuleList
+    period: int
+    looped: int
+
+    def inside(self, name: str) -> tuple[int | None, str]:
+        """(number of the layer, name in it) of a tensor; None: it is in none."""
+        if not self.prefix or not name.startswith(self.prefix):
+            return None, name
+        number, _, rest = name.removeprefix(self.prefix).partition(".")
+        return int(number), rest
+
+
+def _places_of(model: nn.Module, causal: Any) -> _Places:
+    backbone = getattr(causal, causal.base_model_prefix)
+    lists = [(name, part) for name, part in backbone.named_children() if isinstance(part, nn.ModuleList) and len(part)]
+    if not lists or not hasattr(causal.config, "num_hidden_layers"):
+        return _Places(backbone, "", "", nn.ModuleList(), 1, 0)
+    attribute, layers = max(lists, key=lambda pair: sum(parameter.numel() for parameter in pair[1].parameters()))
+    above = next(name for name, part in model.named_modules() if part is backbone)
+    kinds = [_kind(layer) for layer in layers]
+    period = next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
+    turns = len(kinds) // period
+    prefix = ".".join(part for part in (above, attribute) if part) + "."
+    return _Places(backbone, attribute, prefix, layers, period, turns * period if turns > 1 else 0)
+
+
+def _kind(layer: nn.Module) -> object:
+    """What two layers have in common that compute the same with other weights."""
+    tensors = [(name, tuple(each.shape), each.dtype, each.requires_grad) for name, each in layer.named_parameters()]
+    tensors += [(name, tuple(each.shape), each.dtype, False) for name, each in layer.named_buffers()]
+    facts = [
+        (name, type(part).__name__, fact, value)
+        for name, part in layer.named_modules()
+        for fact, value in sorted(vars(part).items())
+        if fact not in ("layer_idx", "training") and isinstance(value, (int, float, str, bool, type(None)))
+    ]
+    return tensors, facts
+
+
+def _star(number: int, period: int) -> str:
+    """What stands for the numbers number, number + period, ..."""
+    return "*" if period == 1 else f"*{number}"
+
+
+class _Period:
+    """P layers that follow each other, computed as often as their weights are stacked: by a loop that is compiled once.
+
+    Args:
+        arrays: of each of the P layers, by the names of its tensors.
+        levels: of each turn.
+        stacked: the arrays' first axis counts turns; otherwise there is one turn.
+    """
+
+    def __init__(
+        self, traced: TracedModel, layers: Sequence[nn.Module] | nn.ModuleList, arrays: list[Arrays], levels: Levels, *, stacked: bool = True
+    ) -> None:
+        self._traced, self._layers, self._arrays, self._levels, self._stacked = traced, list(layers), arrays, levels, stacked
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._in_tuple: bool | None = None
+
+    def member(self, i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Layer i of the period was called with these: the last one computes all of them, the others hand on what they got."""
+        self._calls.append((args, kwargs))
+        last = len(self._calls) == len(self._layers)
+        if not last and self._in_tuple is None:  # how layers of this family give their result is known when one has been computed
+            with self._traced.drawing(jax.random.key(0)):
+                jax.eval_shape(lambda arrays, x: self._layer(i, arrays, x), self._of_one_turn(self._arrays[i]), self._traced.array(x))
+        out = self._all(x) if last else x
+        return (out,) if self._in_tuple else out
+
+    def _all(self, x: Tensor) -> Tensor:
+        """Every turn."""
+        traced = self._traced
+        keys = traced.split_key(len(self._levels))
+
+        def turn(x: Any, given: Any) -> tuple[Any, None]:
+            arrays, key = given
+            with traced.drawing(key):
+                for i, own in enumerate(arrays):
+                    x = traced.pin(self._layer(i, own, x))
+            return x, None
+
+        hidden = traced.pin(traced.array(x))
+        if self._stacked:
+            start = 0
+            for level, count in _runs(self._levels):
+                some = jax.tree.map(lambda array, start=start, end=start + count: array[start:end], (self._arrays, keys))
+                hidden, _ = jax.lax.scan(_remembering(turn, level), hidden, some)
+                start += count
+        else:
+            hidden, _ = _remembering(turn, self._levels[0])(hidden, (self._arrays, keys[0]))
+        self._calls = []
+        return traced.tensor(hidden)
+
+    def _layer(self, i: int, arrays: Arrays, x: Any) -> Any:
+        """Layer i with these weights, called as the model called it."""
+        args, kwargs = self._calls[i]
+        out = torch.func.functional_call(self._layers[i], self._traced.tensor(arrays), (self._traced.tensor(x), *args), kwargs)
+        self._in_tuple = isinstance(out, tuple)
+        return self._traced.array(out[0] if self._in_tuple else out)
+
+    def _of_one_turn(self, arrays: Arrays) -> Arrays:
+        return jax.tree.map(lambda array: array[0], arrays) if self._stacked else arrays
+
+
+class _Member(nn.Module):
+    """Stands in the place of a layer; takes its calls to the period it belongs to."""
+
+    def __init__(self, period: _Period, number: int) -> None:
+        super().__init__()
+        self._period, self._number = period, number
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._period._layers[self._number], name)  # what the model asks of a layer, such as its kind of attention
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._period.member(self._number, x, args, kwargs)
+
+
+def _remembering(turn: Callable[..., Any], level: Level) -> Callable[..., Any]:
+    """The same, keeping for backward what its level says."""
+    if level == "keep":
+        return turn
+    return jax.checkpoint(turn, policy=jax.checkpoint_policies.dots_saveable if level == "cheap" else None)
+
+
+def _runs(levels: Levels) -> Iterator[tuple[Level, int]]:
+    """(level, how many times it follows itself)."""
+    start = 0
+    for i in range(1, len(levels) + 1):
+        if i == len(levels) or levels[i] != levels[start]:
+            yield levels[start], i - start
+            start = i
+
+
+@contextmanager
+def _mode(model: nn.Module, train: bool) -> Iterator[None]:
+    was = model.training
+    model.train(train)
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+# ---- Attention, as transformers calls it ----------------------------------------------------------------------------
+
+_tracing: list[tuple[TracedModel, Any]] = []
+"""The model that is being traced, and which example each token belongs to; the last one counts."""
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each example. query [B, H, T, W], key and value [B, K, T, W] -> [B, T, H, W]."""
+    traced, segments = _tracing[-1]
+    if attention_mask is not None:
+        raise NotImplementedError(f"{type(module).__name__} makes a mask of its own, which attention on XLA does not read")
+    q, k, v, sinks = traced.array((query, key, value, s_aux))
+    out = reference_attention(
+        q, k, v, segments, scale=scaling or 1 / math.sqrt(q.shape[-1]), window=sliding_window, softcap=softcap, sinks_H=sinks
+    )
+    return traced.tensor(out), None
+
+
+def reference_attention(
+    q_BHTW: Any,
+    k_BKTW: Any,
+    v_BKTW: Any,
+    segments_BT: Any,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Any = None,
+) -> Any:
+    """softmax(scale * q k) v over the tokens of the same segment up to the own one, the last `window` of them; [B, T, H, W].
+
+    Scores and sums are in float32. sinks_H: a score of each head that takes part in the sum and gives nothing (GPT-OSS).
+    """
+    rows, heads, tokens, width = q_BHTW.shape
+    grouped = q_BHTW.reshape(rows, k_BKTW.shape[1], -1, tokens, width)
+    scores = scale * jnp.einsum("bkgtw,bksw->bkgts", grouped, k_BKTW, preferred_element_type=jnp.float32)
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    at = jnp.arange(tokens)
+    seen = at[:, None] >= at[None, :]
+    if window is not None:
+        seen &= at[:, None] - at[None, :] < window
+    seen = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    if sinks_H is None:
+        weights = jax.nn.softmax(scores, -1)
+    else:
+        sinks = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, k_BKTW.shape[1], -1, 1, 1), (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sinks], -1), -1)[..., :-1]
+    out = jnp.einsum("bkgts,bksw->btkgw", weights.astype(v_BKTW.dtype), v_BKTW, preferred_element_type=jnp.float32)
+    return out.reshape(rows, tokens, heads, -1).astype(q_BHTW.dtype)
+
+
+# ---- Tensors and arrays ---------------------------------------------------------------------------------------------
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A tensor's values; bfloat16 is JAX's. The memory is shared where it can be."""
+    tensor = tensor.detach().cpu()
+    return tensor.view(torch.int16).numpy().view(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def to_torch(array: Any) -> Tensor:
+    """A copy of an array as a tensor on the host."""
+    host = np.asarray(array)
+    if host.dtype == jnp.bfloat16:
+        return torch.from_numpy(np.array(host.view(np.int16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(host))
+
+
+def used(arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], Any]) -> set[str]:
+    """Names of the arguments that the result of a computation depends on; nothing is computed."""
+    from jax.interpreters import partial_eval
+
+    names = list(arguments)
+    closed = jax.make_jaxpr(lambda *values: compute(dict(zip(names, values, strict=True))))(*arguments.values())
+    _, kept = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return {name for name, needed in zip(names, kept, strict=True) if needed}
