@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import DataError, PantheraError, RecipeError
+from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.load import load_recipe, recipe_from
 from pantheraml.recipe.types import LoRA, ModelSpec, Recipe
 from pantheraml.trainer.run import fit, isolated, survey
@@ -164,7 +165,8 @@ class FastLanguageModel:
         """
         import torch
 
-        from pantheraml.hardware.backend import open_backend
+        from pantheraml.engines.open import loading_device
+        from pantheraml.hardware.backend import backend_of
         from pantheraml.hardware.device import parse_device
         from pantheraml.hardware.find import find
         from pantheraml.models.load import load_model, load_tokenizer
@@ -175,7 +177,7 @@ class FastLanguageModel:
         kind, index = parse_device(device)
         ask = None if kind == "auto" else HardwareAsk(kind=kind, index=index or 0)
         chosen = find(ask, asked_by=None if ask is None else f"device={device!r}").device
-        backend = open_backend(chosen.kind)
+        backend = backend_of(chosen)
         name = str(dtype).removeprefix("torch.") if dtype is not None else chosen.dtypes[0]
         arithmetic = getattr(torch, name, None)
         if not isinstance(arithmetic, torch.dtype) or name not in chosen.dtypes:
@@ -192,7 +194,7 @@ class FastLanguageModel:
         model = load_model(
             spec,
             dtype=arithmetic,
-            device=backend.torch_device(chosen.index),
+            device=loading_device(backend, chosen.index),
             attention=attn_implementation,
             quantization=quantization(quantizer, arithmetic),
             seed=seed,
@@ -272,6 +274,11 @@ class _Origin:
     quantizer: str | None = None
     adapter: LoRA | None = None
     checkpointing: bool = False
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the model waits on the host for a device on which torch has no tensors."""
+        return self.device in KINDS and KINDS[self.device].family == "tpu"
 
 
 def _checkpointing(args: TrainingArguments, origin: _Origin) -> str:
@@ -424,7 +431,7 @@ class Trainer:
 
     def train(self, resume_from_checkpoint: bool = False) -> Run:
         """Train in place, and return the run. With `resume_from_checkpoint`, go on from its newest sound checkpoint."""
-        from pantheraml.hardware.backend import open_backend
+        from pantheraml.hardware.backend import backend_of
         from pantheraml.models.quantize import to_eight_bits
         from pantheraml.trainer.folder import PLAN, open_folder, write_json
         from pantheraml.trainer.resume import stored_plan
@@ -445,7 +452,7 @@ class Trainer:
             if planned.quantizer == "int8" or planned.quantizer == "fp8":
                 to_eight_bits(self.model, planned.quantizer)  # which get_peft_model has done, unless PEFT made the adapter
             planned = isolated(self.model, planned, recipe, console)
-            backend = open_backend(planned.device.kind)
+            backend = backend_of(planned.device)
             backend.set_threads(planned.threads)
             write_json(folder / PLAN, planned.to_dict())
             self._keep_base(folder)
@@ -510,7 +517,7 @@ class Trainer:
             },
             "eval": {} if args.eval_steps is None else {"every": args.eval_steps},
             "hardware": {
-                "kind": self.model.device.type,
+                "kind": origin.device if origin.on_host else self.model.device.type,
                 "index": self.model.device.index or 0,
                 "checkpointing": _checkpointing(args, origin),
             },

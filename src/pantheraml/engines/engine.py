@@ -19,26 +19,34 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class MicroTensors:
-    """A micro-batch on the device. What is known of it on the host comes along, so that no step asks the device.
+class RowTensors:
+    """Rows of a micro-batch, as the model's own forward computes them; attention tells the examples of a row by their positions.
 
     Attributes:
-        input_ids, position_ids, labels: int64 [B, T]; labels are already shifted, -100 counts for nothing.
-        starts: int32 [S + 1], where the examples begin in the B*T tokens one after the other, and B*T. None where shapes are
-            static: the model's own forward computes rows, and its attention tells examples by their positions.
-        longest: tokens of the longest of them.
-        labelled: int64, which of the B*T tokens have a label. None: all are treated as if they had one.
+        input_ids, position_ids, labels: integers [B, T]; labels are already shifted, -100 counts for nothing.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    starts: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class MicroTensors(RowTensors):
+    """A micro-batch on the device, int64. What is known of it on the host comes along, so that no step asks the device.
+
+    Attributes:
+        starts: int32 [S + 1], where the examples begin in the B*T tokens one after the other, and B*T.
+        longest: tokens of the longest of them.
+        labelled: int64, which of the B*T tokens have a label.
+    """
+
+    starts: Tensor
     longest: int
-    labelled: Tensor | None
+    labelled: Tensor
 
 
-LossFn = Callable[[Any, MicroTensors], "Tensor"]
+LossFn = Callable[[Any, RowTensors], "Tensor"]
 """(model, batch) -> the sum of the token losses, a float32 scalar. What a training method is."""
 
 
@@ -86,12 +94,20 @@ class Engine(Protocol):
         """
         ...
 
+    def lower(self) -> str | None:
+        """Need less memory from here on, and how; None: it cannot. What a step does by itself when memory runs out."""
+        ...
+
     def read(self, metrics: Sequence[StepMetrics]) -> list[StepValues]:
         """Waits for the device, once, and brings the numbers over."""
         ...
 
     def evaluate(self, batches: Sequence[StepBatch]) -> float:
         """Mean token loss, without dropout and without gradients. Recovers like a step."""
+        ...
+
+    def generate(self, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+        """The likeliest answer to each prompt (token ids, at least one), without the token that ended it."""
         ...
 
     def state_dict(self) -> State:
@@ -104,6 +120,10 @@ class Engine(Protocol):
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """Puts back the weights alone."""
+        ...
+
+    def hand_back(self) -> None:
+        """From here on the model that was taken over has the weights that were trained."""
         ...
 
 

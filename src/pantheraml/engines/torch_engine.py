@@ -20,6 +20,7 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.failures import classify
 from pantheraml.hardware.recovery import Recovery, halvings
+from pantheraml.models.generate import generate
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import OptimSpec
@@ -75,6 +76,10 @@ class TorchEngine:
             self._recovered("a rehearsal at the largest shape", batch, 0)
         self._flat.drop_gradients()
         self._backend.synchronize(self._plan.device.index)
+
+    def lower(self) -> str | None:
+        """See `Engine.lower`."""
+        return self._relief()
 
     def _recovered(self, doing: str, batch: StepBatch, k: int) -> Tensor:
         """`_gradients`, with less memory or in more parts where it must be."""
@@ -149,6 +154,10 @@ class TorchEngine:
                 losses = [self._loss(self._model, part) for part in self._on_device(micro, attempt.parts)]
         return torch.stack(losses).sum()
 
+    def generate(self, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+        """See `Engine.generate`."""
+        return generate(self._model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+
     def state_dict(self) -> State:
         """See `Engine.state_dict`. Names: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` after the first step."""
         state = {f"weight/{name}": view for name, view in self._flat.views(self._flat.weights).items()}
@@ -167,6 +176,9 @@ class TorchEngine:
         check_fits({name: tensor for name, tensor in state.items() if name.startswith("weight/")}, self._weight_shapes())
         for name, view in self._flat.views(self._flat.weights).items():
             view.copy_(state[f"weight/{name}"])
+
+    def hand_back(self) -> None:
+        """See `Engine.hand_back`. Its parameters are the trained ones all along."""
 
     def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return {f"weight/{name}": tuple(view.shape) for name, view in self._flat.views(self._flat.weights).items()}

@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pantheraml.data.pack import MicroBatch, StepBatch
+from pantheraml.data.pack import IGNORED, MicroBatch, StepBatch
+from pantheraml.engines.adamw import one_step
 from pantheraml.engines.engine import LossFn, State, StepMetrics, StepValues, check_fits
 from pantheraml.engines.xla_model import Arrays, Slot, TracedModel, to_numpy, to_torch, used
-from pantheraml.errors import PantheraError
-from pantheraml.hardware.backend import Backend
+from pantheraml.errors import DeviceError, PantheraError
+from pantheraml.hardware.recovery import Recovery
+from pantheraml.models.generate import BATCH_ROWS, stop_tokens
+from pantheraml.models.load import carries_state
+from pantheraml.planning.levels import format_levels, lower, rungs
 from pantheraml.planning.plan import Plan
 from pantheraml.planning.sharding import spec_of
 from pantheraml.recipe.types import OptimSpec
@@ -35,12 +39,12 @@ class XlaEngine:
     Dropout draws from a key made of the run's seed and the number of the step, so it needs no saved state.
 
     Args:
-        mesh: the devices, with axes named dp, fsdp and tp (and dcn, between slices); None: the first one alone.
+        mesh: the devices, with axes named as in planning/sharding.py.
+        recovery: what to do when memory runs out; None: stop.
     """
 
-    def __init__(self, backend: Backend, mesh: Mesh | None = None) -> None:
-        self._backend = backend
-        self._mesh = mesh if mesh is not None else Mesh(np.array(jax.devices()[:1]), ("fsdp",))
+    def __init__(self, mesh: Mesh, recovery: Recovery | None = None) -> None:
+        self._mesh, self._recovery = mesh, recovery or Recovery()
         self.compilations: Counter[str] = Counter()
         """What was compiled, by phase and shape, and how often."""
 
@@ -48,17 +52,23 @@ class XlaEngine:
         self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int, relief: Callable[[], str | None] = lambda: None
     ) -> None:
         """See `Engine.prepare`."""
+        if optim is not None and optim.states != "float32":
+            raise DeviceError(
+                f"optim.states={optim.states} is not possible on {plan.device}",
+                why="bitsandbytes does not compute there",
+                fix="set optim.states to float32",
+            )
         self._model, self._plan, self._optim, self._seed = model, plan, optim, seed
         self._dtype = jnp.dtype(plan.dtype)
         rows = tuple(axis for axis in ("dcn", "dp", "fsdp") if axis in self._mesh.shape)
         self._rows = int(np.prod([self._mesh.shape[axis] for axis in rows]))
         self._batch_sharding = self._sharding(None, rows)
-        activations = self._sharding(rows)
+        self._rows_sharding = activations = self._sharding(rows)
         several = self._mesh.size > 1
-        self._traced = TracedModel(
+        self.traced = TracedModel(
             model, loss, plan.levels, pin=lambda x: jax.lax.with_sharding_constraint(x, activations) if several else x
         )
-        self._slots = {slot.name: slot for slot in self._traced.slots}
+        self._slots = {slot.name: slot for slot in self.traced.slots}
         self._trained = {name: slot for name, slot in self._slots.items() if slot.trains}
         if optim is not None and not self._trained:
             raise ValueError("no parameter of the model trains")
@@ -66,11 +76,18 @@ class XlaEngine:
         arrays = {name: self._placed(slot, [tensors[member] for member in slot.members]) for name, slot in self._slots.items()}
         self._weights: Arrays = {name: arrays.pop(name) for name in self._trained}
         self._frozen: Arrays = arrays
+        self._functions: dict[str, Any] = {}
+        self._called: dict[str, Any] = {}
         self._moments: dict[str, Arrays] = {moment: self._zeros() for moment in _MOMENTS}
         self._done = self._everywhere(np.zeros((), np.int32))
         self._halted = self._everywhere(np.zeros((), np.bool_))
+        self._caches = not carries_state(model)
         self._checked = False
-        self._functions: dict[str, Any] = {}
+
+    @property
+    def arrays(self) -> tuple[Arrays, ...]:
+        """All that stays on the devices between steps: frozen weights, trained ones, both moments."""
+        return self._frozen, self._weights, *self._moments.values()
 
     # ---- Placing ----------------------------------------------------------------------------------------------------
 
@@ -85,7 +102,7 @@ class XlaEngine:
         """The array of a slot: each device gets its part of it, and no more is made on the host."""
         dtype = jnp.float32 if slot.trains else None
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             if not slot.stacked:
                 return np.asarray(to_numpy(tensors[0])[index], dtype)
             return np.stack([np.asarray(to_numpy(each)[index[1:]], dtype) for each in tensors[index[0]]])
@@ -93,23 +110,25 @@ class XlaEngine:
         return jax.make_array_from_callback(slot.array_shape, self._sharding_of(slot), part)
 
     def _everywhere(self, value: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(value.shape, self._sharding(), lambda index: value[index])
+        return self._from_host(value, self._sharding())
+
+    def _from_host(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     def _zeros(self) -> Arrays:
-        shardings = {name: self._sharding_of(slot) for name, slot in self._trained.items()}
-        shapes = {name: slot.array_shape for name, slot in self._trained.items()}
+        """Like the weights that train."""
+        zeros: Arrays = self._run("zeros", ())
+        return zeros
 
-        def zeros() -> Arrays:
-            return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
-
-        made: Arrays = jax.jit(zeros, out_shardings=shardings)()
-        return made
+    def _make_zeros(self) -> Arrays:
+        return {name: jnp.zeros(slot.array_shape, jnp.float32) for name, slot in self._trained.items()}
 
     # ---- What is compiled -------------------------------------------------------------------------------------------
 
     def _loss(self, weights: Arrays, frozen: Arrays, batch: Any, key: Any, train: bool) -> Any:
         cast = {name: weight.astype(self._dtype) for name, weight in weights.items()}
-        return self._traced.loss({**frozen, **cast}, *batch, key, train=train)
+        ids, positions, labels = batch
+        return self.traced.loss({**frozen, **cast}, ids, positions, labels, key, train=train)
 
     def _sum_gradients(
         self, weights: Arrays, frozen: Arrays, gradients: Arrays, total: Any, batches: Any, count: Any, labels: Any, key: Any
@@ -161,8 +180,8 @@ class XlaEngine:
         parts = [{name: each[i] for name, each in new.items()} for i in range(3)]
         return parts[0], dict(zip(_MOMENTS, parts[1:], strict=True)), done, halted, mean, norm
 
-    def _compiled(self, phase: str, shape: tuple[int, ...] = ()) -> Any:
-        """The compiled function of a phase, for micro-batches of a shape."""
+    def _run(self, phase: str, shape: tuple[int, ...], *args: Any) -> Any:
+        """What the compiled function of a phase, for micro-batches of a shape, gives for these arguments."""
         name = phase + "".join(f" {'x'.join(map(str, shape))}" if shape else "")
         if name not in self._functions:
             trained = {each: self._sharding_of(slot) for each, slot in self._trained.items()}
@@ -170,6 +189,7 @@ class XlaEngine:
             one, batches = self._sharding(), (self._batch_sharding,) * 3
             moments = dict.fromkeys(_MOMENTS, trained)
             how: dict[str, Any] = {
+                "zeros": {"fun": self._make_zeros, "out_shardings": trained},
                 "gradients": {
                     "fun": self._sum_gradients,
                     "in_shardings": (trained, frozen, trained, one, batches, one, one, one),
@@ -181,6 +201,11 @@ class XlaEngine:
                     "in_shardings": (trained, frozen, one, batches, one),
                     "out_shardings": one,
                 },
+                "answers": {
+                    "fun": functools.partial(self._continue, shape[2] if phase == "answers" else 0),
+                    "in_shardings": (trained, frozen, self._rows_sharding, self._rows_sharding, one, one),
+                    "out_shardings": one,
+                },
                 "update": {
                     "fun": self._update,
                     "in_shardings": (trained, moments, one, one, trained, one, one, one),
@@ -190,46 +215,65 @@ class XlaEngine:
             }[phase]
             fun = how.pop("fun")
 
-            @functools.wraps(fun)
             def counted(*args: Any) -> Any:
                 self.compilations[name] += 1  # JAX calls it when it traces, and never again
                 return fun(*args)
 
+            counted.__name__ = name.replace(" ", "_")
             self._functions[name] = jax.jit(counted, **how)
-        return self._functions[name]
+            self._called[name] = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(np.shape(arg), jnp.result_type(arg)), args)
+        return self._functions[name](*args)
+
+    def hlo(self, phase: str) -> str:
+        """What XLA made of the first function of a phase that was called; it is compiled once more."""
+        name = next(name for name in self._functions if name.startswith(phase))
+        text: str = self._functions[name].lower(*self._called[name]).compile().as_text()
+        return text
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
     def step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
         """See `Engine.step`."""
-        gradients, total = self._gradients(batch, k)
+        gradients, total = self._gradients(f"step {k + 1}", batch, k)
         count = np.float32(max(1, batch.label_count))
-        self._weights, self._moments, self._done, self._halted, mean, norm = self._compiled("update")(
-            self._weights, self._moments, self._done, self._halted, gradients, total, count, np.float32(lr)
+        self._weights, self._moments, self._done, self._halted, mean, norm = self._run(
+            "update", (), self._weights, self._moments, self._done, self._halted, gradients, total, count, np.float32(lr)
         )
         return StepMetrics(mean, norm)
 
     def rehearse(self, batch: StepBatch) -> None:
         """See `Engine.rehearse`."""
-        jax.block_until_ready(self._gradients(batch, 0))
+        jax.block_until_ready(self._gradients("a rehearsal at the largest shape", batch, 0))
 
-    def _gradients(self, batch: StepBatch, k: int) -> tuple[Arrays, Any]:
-        gradients, total = self._zeros(), self._everywhere(np.zeros((), np.float32))
+    def lower(self) -> str | None:
+        """See `Engine.lower`. What was compiled is compiled anew."""
+        found = lower(self.traced.levels, rungs(self._plan.device, "auto", fused=False))
+        if found is None:
+            return None
+        self.traced.levels = found
+        self._functions.clear()
+        return f"with layers at {format_levels(found)}"
+
+    def _gradients(self, doing: str, batch: StepBatch, k: int) -> tuple[Arrays, Any]:
+        """The gradients of the mean loss of step k, and the sum of its losses."""
         key = jax.random.fold_in(jax.random.key(self._seed), k)
         labels = np.float32(max(1, batch.label_count))
-        for shape, arrays, count in self._stacked(batch.micro):
-            self._check_used(arrays, shape)
-            gradients, total = self._compiled("gradients", shape)(
-                self._weights, self._frozen, gradients, total, arrays, count, labels, jax.random.key_data(key) if False else key
-            )
+        gradients, total = {}, None
+        for attempt in self._recovery.attempts(doing, (1,), relief=self.lower):
+            with attempt:
+                gradients, total = self._zeros(), self._everywhere(np.zeros((), np.float32))
+                for shape, arrays, count in self._stacked(batch.micro):
+                    self._check_used(shape)
+                    given = (self._weights, self._frozen, gradients, total, arrays, count, labels, key)
+                    gradients, total = self._run("gradients", shape, *given)
         return gradients, total
 
-    def _check_used(self, arrays: Any, shape: tuple[int, ...]) -> None:
+    def _check_used(self, shape: tuple[int, ...]) -> None:
         """Raises: PantheraError if the loss does not depend on a parameter that trains; looked at once."""
         if self._checked:
             return
-        batch = tuple(jax.ShapeDtypeStruct(shape, np.int32) for _ in arrays)
-        needed = used(self._weights, lambda weights: self._loss(dict(weights), self._frozen, _zeros_like(batch), jax.random.key(0), True))
+        batch = (jnp.zeros(shape, jnp.int32),) * 3
+        needed = used(self._weights, lambda weights: self._loss(dict(weights), self._frozen, batch, jax.random.key(0), True))
         missing = sorted(self._trained.keys() - needed)
         if missing:
             raise PantheraError(
@@ -240,23 +284,21 @@ class XlaEngine:
         self._checked = True
 
     def _stacked(self, micro: Sequence[MicroBatch]) -> list[tuple[tuple[int, ...], Any, np.ndarray]]:
-        """(shape, arrays [A, B, T], how many of the A are there) for each shape among micro-batches."""
+        """(shape, arrays [A, B, T], how many of the A are there) for each shape among micro-batches; A is the most that a step can have."""
         shapes: dict[tuple[int, ...], list[MicroBatch]] = {}
         for each in micro:
             shapes.setdefault(each.input_ids.shape, []).append(each)
         found = []
-        for shape, those in shapes.items():
-            rows = -(-shape[0] // self._rows) * self._rows
-            most = -(-max(len(those), self._plan.batch_size // max(1, shape[0])) // 1)
-            made = []
-            for name, filler in (("input_ids", 0), ("position_ids", 0), ("labels", -100)):
-                array = np.full((most, rows, shape[1]), filler, np.int32)
+        for (height, tokens), those in shapes.items():
+            rows = -(-height // self._rows) * self._rows
+            most = max(len(those), -(-self._plan.batch_size // height))
+            empty = {"input_ids": 0, "position_ids": np.arange(tokens), "labels": IGNORED}
+            arrays = {name: np.full((most, rows, tokens), filler, np.int32) for name, filler in empty.items()}
+            for name, array in arrays.items():
                 for i, each in enumerate(those):
-                    array[i, : shape[0]] = getattr(each, name)
-                if name == "position_ids":
-                    array[len(those) :] = array[:, shape[0] :] = np.arange(shape[1])
-                made.append(jax.make_array_from_callback(array.shape, self._batch_sharding, lambda index, array=array: array[index]))
-            found.append(((rows, shape[1]), tuple(made), np.int32(len(those))))
+                    array[i, :height] = getattr(each, name)
+            placed = tuple(self._from_host(array, self._batch_sharding) for array in arrays.values())
+            found.append(((rows, tokens), placed, np.int32(len(those))))
         return found
 
     def read(self, metrics: Sequence[StepMetrics]) -> list[StepValues]:
@@ -269,8 +311,65 @@ class XlaEngine:
         total = self._everywhere(np.zeros((), np.float32))
         for batch in batches:
             for shape, arrays, count in self._stacked(batch.micro):
-                total = self._compiled("losses", shape)(self._weights, self._frozen, total, arrays, count)
+                total = self._run("losses", shape, self._weights, self._frozen, total, arrays, count)
         return float(total) / max(1, sum(batch.label_count for batch in batches))
+
+    # ---- Answers ----------------------------------------------------------------------------------------------------
+
+    def generate(self, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+        """See `Engine.generate`. Prompts of like length are answered together, in a few shapes; each is compiled once."""
+        stops = np.asarray(stop_tokens(self._model, tokenizer), np.int32)
+        answers = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), BATCH_ROWS):
+            those = order[start : start + BATCH_ROWS]
+            rows = -(-_power_of_two(len(those)) // self._rows) * self._rows
+            ids = np.zeros((rows, _power_of_two(max(len(prompts[i]) for i in those))), np.int32)
+            lengths = np.ones(rows, np.int32)
+            for row, i in enumerate(those):
+                ids[row, : len(prompts[i])], lengths[row] = prompts[i], len(prompts[i])
+            given = (self._weights, self._frozen, ids, lengths, stops, np.int32(len(those)))
+            found = np.asarray(self._run("answers", (*ids.shape, max_new_tokens, len(stops)), *given))
+            for i, tokens in zip(those, found, strict=False):
+                end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+                answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        return answers
+
+    def _continue(self, new: int, weights: Arrays, frozen: Arrays, ids_BP: Any, lengths_B: Any, stops: Any, real: Any) -> Any:
+        """The likeliest tokens [B, new] behind each prompt; what follows a stop token means nothing. Ends when all `real` rows have stopped."""
+        arrays = {**frozen, **{name: weight.astype(self._dtype) for name, weight in weights.items()}}
+        rows, width = ids_BP.shape
+        ids_BS = jnp.pad(ids_BP, ((0, 0), (0, new)))
+        positions_BS = jnp.broadcast_to(jnp.arange(width + new), ids_BS.shape)
+
+        def first() -> tuple[Any, Any]:
+            if not self._caches:
+                return self.traced.logits(arrays, ids_BS, positions_BS, lengths_B - 1, None)[0], ids_BS
+            logits, caches = self.traced.logits(arrays, ids_BP, positions_BS[:, :width], lengths_B - 1, None)
+            return logits, jax.tree.map(lambda cache: jnp.pad(cache, ((0, 0),) * (cache.ndim - 2) + ((0, new), (0, 0))), caches)
+
+        def then(token_B: Any, i: Any, kept: Any) -> tuple[Any, Any]:
+            at_B = lengths_B + i
+            if not self._caches:
+                kept = kept.at[jnp.arange(rows), at_B].set(token_B)
+                return self.traced.logits(arrays, kept, positions_BS, at_B, None)[0], kept
+            return self.traced.logits(arrays, token_B[:, None], at_B[:, None], jnp.zeros_like(at_B), kept)
+
+        def more(state: tuple[Any, ...]) -> Any:
+            i, _, _, done_B, _ = state
+            return (i < new) & ~done_B.all()
+
+        def add(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            i, written_BN, logits, done_B, kept = state
+            token_B = jnp.argmax(logits, -1).astype(jnp.int32)
+            written_BN = written_BN.at[:, i].set(token_B)
+            done_B |= (token_B[:, None] == stops).any(-1)
+            logits, kept = then(token_B, i, kept)
+            return i + 1, written_BN, logits, done_B, kept
+
+        logits, kept = first()
+        start = (jnp.zeros((), jnp.int32), jnp.zeros((rows, new), jnp.int32), logits, jnp.arange(rows) >= real, kept)
+        return jax.lax.while_loop(more, add, start)[1]
 
     # ---- State ------------------------------------------------------------------------------------------------------
 
@@ -294,8 +393,6 @@ class XlaEngine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
-        from pantheraml.engines.adamw import one_step
-
         moments = {name: tensor for name, tensor in state.items() if not name.startswith("weight/")}
         shapes = {member: slot.shape for slot in self._trained.values() for member in slot.members}
         wanted = {f"weight/{name}": shape for name, shape in shapes.items()}
@@ -304,11 +401,16 @@ class XlaEngine:
             wanted |= {f"step/{name}": () for name in shapes}
         check_fits(state, wanted)
         done = one_step(moments) if moments else 0
-        self._moments = {
-            moment: self._from_members(moments, moment) if moments else self._zeros() for moment in _MOMENTS
-        }
+        self._moments = {moment: self._from_members(moments, moment) if moments else self._zeros() for moment in _MOMENTS}
         self._done = self._everywhere(np.asarray(done, np.int32))
         self._weights = self._from_members(state, "weight")
+
+    def hand_back(self) -> None:
+        """See `Engine.hand_back`."""
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self._members(self._weights):
+                parameters[name].data = tensor.to(parameters[name].dtype)
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_weights`."""
@@ -317,10 +419,9 @@ class XlaEngine:
         self._weights = self._from_members(state, "weight")
 
     def _from_members(self, state: Mapping[str, Any], kind: str) -> Arrays:
-        return {
-            name: self._placed(slot, [state[f"{kind}/{member}"] for member in slot.members]) for name, slot in self._trained.items()
-        }
+        return {name: self._placed(slot, [state[f"{kind}/{member}"] for member in slot.members]) for name, slot in self._trained.items()}
 
 
-def _zeros_like(batch: Any) -> Any:
-    return tuple(jnp.zeros(each.shape, each.dtype) for each in batch)
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not smaller."""
+    return 1 << (number - 1).bit_length()

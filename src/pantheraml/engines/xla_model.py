@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,18 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchax import device_module
 from torchax.tensor import Environment
 
-from pantheraml.engines.engine import LossFn, MicroTensors
+from pantheraml.engines.engine import LossFn, RowTensors
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
-from pantheraml.models.head import causal_model
+from pantheraml.models.head import causal_model, output_head
 from pantheraml.planning.levels import Levels
 from pantheraml.planning.memory import Level
+
+# torch.random.fork_rng() hands over the index of a device, for which torchax' own function has no argument.
+device_module.get_rng_state = lambda device=0: torch.empty(0, dtype=torch.uint8)
 
 ATTENTION = "pantheraml_xla"
 """The name under which transformers finds `_attention`; a name that it has no mask for, so that none is made."""
 Arrays = dict[str, Any]
 """Name of a `Slot` -> array."""
+Cache = tuple[Any, Any]
+"""Keys and values of a layer, [B, K, S, W] each, of which token p of a row is at place p; of G layers, [G, B, K, S, W]."""
+Caches = list[tuple[Cache, ...]]
+"""For each loop, and for each layer that is in none: the cache of each of its P layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,8 @@ class TracedModel:
         _register_attention()
         self._env = Environment()
         self._env.override_op_definition(linear_cross_entropy, self._cross_entropy)
-        self._model, self._call, self.pin = model, _Call(model, loss), pin
+        self._model, self.pin = model, pin
+        self._call, self._read = _Call(model, loss), _Call(model, self._last_logits)
         self._causal = causal_model(model)
         self._places = _places_of(model, self._causal)
         self.levels: Levels = tuple(levels or ("keep",) * len(self._places.layers))
@@ -82,12 +91,48 @@ class TracedModel:
 
     def loss(self, arrays: Arrays, ids_BT: Any, positions_BT: Any, labels_BT: Any, key: Any, *, train: bool) -> Any:
         """The sum of the losses of a micro-batch, a float32 scalar of JAX. key: for dropout."""
-        with self._env, self.drawing(key), _mode(self._model, train), self._own_attention(positions_BT):
-            with self._looped(arrays) as plain:
-                tensors = self.tensor(plain)
-                ids, positions, labels = self.tensor((ids_BT, positions_BT, labels_BT))
-                batch = MicroTensors(ids, positions, labels, starts=None, longest=ids_BT.shape[1], labelled=None)
-                return self.array(torch.func.functional_call(self._call, tensors, (batch,)))
+        with self._passing(_Pass(positions_BT), key, train), self._looped(arrays) as plain:
+            ids, positions, labels = self.tensor((ids_BT, positions_BT, labels_BT))
+            return self.array(torch.func.functional_call(self._call, self.tensor(plain), (RowTensors(ids, positions, labels),)))
+
+    def logits(self, arrays: Arrays, ids_BT: Any, positions_BT: Any, at_B: Any, caches: Caches | None) -> tuple[Any, Caches]:
+        """The logits [B, V] behind token `at` of each row, float32, and the keys and values of all that was read so far.
+
+        Args:
+            ids_BT: with `caches` one token a row, which is the next one at its position. caches: what the call before gave, with room
+                for more tokens than were read; None: the tokens are the first ones.
+        """
+        step = _Pass(positions_BT, caching=True, given=caches)
+        with self._passing(step, jax.random.key(0), False), self._looped(arrays) as plain:
+            ids, positions = self.tensor((ids_BT, positions_BT))
+            out = self.array(torch.func.functional_call(self._read, self.tensor(plain), (ids, positions, self.tensor(at_B))))
+        return out.astype(jnp.float32), step.left
+
+    def _last_logits(self, model: Any, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
+        head = output_head(model)
+        given: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        if head is None:
+            return self._at(model(**given).logits, at)
+        logits = head.linear(self._at(head.backbone(**given).last_hidden_state, at)) * head.scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    def _at(self, x_BTD: Tensor, at_B: Tensor) -> Tensor:
+        array, at = self.array((x_BTD, at_B))
+        return self.tensor(jnp.take_along_axis(array, at[:, None, None], 1)[:, 0])
+
+    @contextmanager
+    def _passing(self, step: _Pass, key: Any, train: bool) -> Iterator[None]:
+        """Within the block, the model can be called with traced tensors, and its attention is ours."""
+        config = self._causal.config
+        before, config._attn_implementation = config._attn_implementation, ATTENTION
+        self.now = step
+        _tracing.append(self)
+        try:
+            with self._env, self.drawing(key), _mode(self._model, train):
+                yield
+        finally:
+            _tracing.pop()
+            config._attn_implementation = before
 
     def tensor(self, arrays: Any) -> Any:
         """Arrays, in whatever they are nested, as tensors that are traced; nothing is copied."""
@@ -159,21 +204,6 @@ class TracedModel:
         period, looped = self._places.period, self._places.looped
         return tuple(max(self.levels[i : i + period], key=order.index) for i in range(0, looped, period))
 
-    # ---- Attention --------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _own_attention(self, positions_BT: Any) -> Iterator[None]:
-        """Within the block, attention is ours, and knows which tokens belong together."""
-        config = self._causal.config
-        before, config._attn_implementation = config._attn_implementation, ATTENTION
-        segments_BT = jnp.cumsum(positions_BT == 0, axis=1)
-        token = _tracing.append((self, segments_BT))
-        try:
-            yield token
-        finally:
-            _tracing.pop()
-            config._attn_implementation = before
-
     # ---- Loss -------------------------------------------------------------------------------------------------------
 
     def _cross_entropy(
@@ -210,15 +240,33 @@ class TracedModel:
         return self.tensor(jax.lax.scan(of_chunk, jnp.zeros((), jnp.float32), chunks)[0])
 
 
+@dataclass(slots=True)
+class _Pass:
+    """One pass of tokens through the model: what its attention must know, and what it leaves behind.
+
+    Attributes:
+        positions_BT: of the tokens in their examples.
+        caching: keys and values are kept, in `left`. given: those of the tokens before, in the order of the layers; None: there are none.
+        before, after: of the layer that is being computed.
+    """
+
+    positions_BT: Any
+    caching: bool = False
+    given: Caches | None = None
+    left: Caches = field(default_factory=list)
+    before: Cache | None = None
+    after: Cache | None = None
+
+
 class _Call(nn.Module):
-    """The loss of a model as a module, whose parameters are the model's under `model.`."""
+    """A function of a model as a module, whose parameters are the model's under `model.`."""
 
-    def __init__(self, model: nn.Module, loss: LossFn) -> None:
+    def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.model, self._loss = model, loss
+        self.model, self._compute = model, compute
 
-    def forward(self, batch: MicroTensors) -> Tensor:
-        return self._loss(self.model, batch)
+    def forward(self, *args: Any) -> Tensor:
+        return self._compute(self.model, *args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +336,13 @@ class _Period:
     """
 
     def __init__(
-        self, traced: TracedModel, layers: Sequence[nn.Module] | nn.ModuleList, arrays: list[Arrays], levels: Levels, *, stacked: bool = True
+        self,
+        traced: TracedModel,
+        layers: Sequence[nn.Module] | nn.ModuleList,
+        arrays: list[Arrays],
+        levels: Levels,
+        *,
+        stacked: bool = True,
     ) -> None:
         self._traced, self._layers, self._arrays, self._levels, self._stacked = traced, list(layers), arrays, levels, stacked
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -300,43 +354,53 @@ class _Period:
         last = len(self._calls) == len(self._layers)
         if not last and self._in_tuple is None:  # how layers of this family give their result is known when one has been computed
             with self._traced.drawing(jax.random.key(0)):
-                jax.eval_shape(lambda arrays, x: self._layer(i, arrays, x), self._of_one_turn(self._arrays[i]), self._traced.array(x))
+                jax.eval_shape(lambda arrays, x: self._layer(i, arrays, x, None)[0], self._of_one_turn(i), self._traced.array(x))
         out = self._all(x) if last else x
         return (out,) if self._in_tuple else out
 
     def _all(self, x: Tensor) -> Tensor:
         """Every turn."""
-        traced = self._traced
+        traced, step = self._traced, self._traced.now
         keys = traced.split_key(len(self._levels))
+        caches = step.given[len(step.left)] if step.given is not None else (None,) * len(self._layers)
 
-        def turn(x: Any, given: Any) -> tuple[Any, None]:
-            arrays, key = given
+        def turn(x: Any, given: Any) -> tuple[Any, tuple[Cache, ...] | None]:
+            arrays, key, caches = given
+            left = []
             with traced.drawing(key):
-                for i, own in enumerate(arrays):
-                    x = traced.pin(self._layer(i, own, x))
-            return x, None
+                for i, (own, cache) in enumerate(zip(arrays, caches, strict=True)):
+                    x, after = self._layer(i, own, x, cache)
+                    x = traced.pin(x)
+                    left.append(after)
+            return x, tuple(left) if step.caching else None
 
-        hidden = traced.pin(traced.array(x))
-        if self._stacked:
-            start = 0
+        hidden, given = traced.pin(traced.array(x)), (self._arrays, keys, caches)
+        if not self._stacked:
+            hidden, left = _remembering(turn, self._levels[0])(hidden, (self._arrays, keys[0], caches))
+        elif step.caching:  # nobody asks for gradients
+            hidden, left = jax.lax.scan(turn, hidden, given)
+        else:
+            left, start = None, 0
             for level, count in _runs(self._levels):
-                some = jax.tree.map(lambda array, start=start, end=start + count: array[start:end], (self._arrays, keys))
+                some = jax.tree.map(lambda array, start=start, end=start + count: array[start:end], given)
                 hidden, _ = jax.lax.scan(_remembering(turn, level), hidden, some)
                 start += count
-        else:
-            hidden, _ = _remembering(turn, self._levels[0])(hidden, (self._arrays, keys[0]))
+        if left is not None:
+            step.left.append(left)
         self._calls = []
         return traced.tensor(hidden)
 
-    def _layer(self, i: int, arrays: Arrays, x: Any) -> Any:
-        """Layer i with these weights, called as the model called it."""
+    def _layer(self, i: int, arrays: Arrays, x: Any, cache: Cache | None) -> tuple[Any, Cache | None]:
+        """Layer i with these weights, called as the model called it; and its keys and values."""
         args, kwargs = self._calls[i]
+        step = self._traced.now
+        step.before, step.after = cache, None
         out = torch.func.functional_call(self._layers[i], self._traced.tensor(arrays), (self._traced.tensor(x), *args), kwargs)
         self._in_tuple = isinstance(out, tuple)
-        return self._traced.array(out[0] if self._in_tuple else out)
+        return self._traced.array(out[0] if self._in_tuple else out), step.after
 
-    def _of_one_turn(self, arrays: Arrays) -> Arrays:
-        return jax.tree.map(lambda array: array[0], arrays) if self._stacked else arrays
+    def _of_one_turn(self, i: int) -> Arrays:
+        return jax.tree.map(lambda array: array[0], self._arrays[i]) if self._stacked else self._arrays[i]
 
 
 class _Member(nn.Module):
@@ -384,8 +448,8 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 # ---- Attention, as transformers calls it ----------------------------------------------------------------------------
 
-_tracing: list[tuple[TracedModel, Any]] = []
-"""The model that is being traced, and which example each token belongs to; the last one counts."""
+_tracing: list[TracedModel] = []
+"""The models that are being traced; the last one calls."""
 
 
 def _register_attention() -> None:
@@ -409,47 +473,60 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each example. query [B, H, T, W], key and value [B, K, T, W] -> [B, T, H, W]."""
-    traced, segments = _tracing[-1]
-    if attention_mask is not None:
-        raise NotImplementedError(f"{type(module).__name__} makes a mask of its own, which attention on XLA does not read")
+    if attention_mask is not None or dropout:
+        what = "a mask of its own" if attention_mask is not None else f"dropout of {dropout:g}"
+        raise NotImplementedError(f"{type(module).__name__} asks for {what}, which attention on XLA does not have")
+    traced = _tracing[-1]
+    step = traced.now
     q, k, v, sinks = traced.array((query, key, value, s_aux))
-    out = reference_attention(
-        q, k, v, segments, scale=scaling or 1 / math.sqrt(q.shape[-1]), window=sliding_window, softcap=softcap, sinks_H=sinks
+    if step.before is None:
+        seen = seen_in_rows(step.positions_BT, sliding_window)
+    else:
+        k, v = (_with_token(cache, new, step.positions_BT) for cache, new in zip(step.before, (k, v), strict=True))
+        seen = seen_in_cache(step.positions_BT, k.shape[2], sliding_window)
+    step.after = (k, v)
+    scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
+    return traced.tensor(attend(q, k, v, seen, scale=scale, softcap=softcap, sinks_H=sinks)), None
+
+
+def _with_token(cache_BKSW: Any, new_BK1W: Any, positions_B1: Any) -> Any:
+    """The cache with the token of each row at its place."""
+    return jax.vmap(lambda cache, new, at: jax.lax.dynamic_update_slice(cache, new, (0, at, 0)))(
+        cache_BKSW, new_BK1W.astype(cache_BKSW.dtype), positions_B1[:, 0]
     )
-    return traced.tensor(out), None
 
 
-def reference_attention(
-    q_BHTW: Any,
-    k_BKTW: Any,
-    v_BKTW: Any,
-    segments_BT: Any,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks_H: Any = None,
-) -> Any:
-    """softmax(scale * q k) v over the tokens of the same segment up to the own one, the last `window` of them; [B, T, H, W].
+def seen_in_rows(positions_BT: Any, window: int | None) -> Any:
+    """Which tokens each token sees, bool [B, T, T]: of its own example those up to itself, the last `window` of them."""
+    at = jnp.arange(positions_BT.shape[1])
+    back = at[:, None] - at[None, :]
+    segments_BT = jnp.cumsum(positions_BT == 0, axis=1)
+    seen = (back >= 0) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return seen if window is None else seen & (back < window)
 
-    Scores and sums are in float32. sinks_H: a score of each head that takes part in the sum and gives nothing (GPT-OSS).
+
+def seen_in_cache(positions_B1: Any, room: int, window: int | None) -> Any:
+    """Which places of a cache the token at a position sees, bool [B, 1, S]."""
+    back = positions_B1[:, :, None] - jnp.arange(room)
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def attend(q_BHTW: Any, k_BKSW: Any, v_BKSW: Any, seen_BTS: Any, *, scale: float, softcap: float | None, sinks_H: Any) -> Any:
+    """softmax(scale * q k) v over what is seen, [B, T, H, W]; scores and sums in float32.
+
+    sinks_H: a score of each head that takes part in the sum and gives nothing (GPT-OSS); None: there is none.
     """
     rows, heads, tokens, width = q_BHTW.shape
-    grouped = q_BHTW.reshape(rows, k_BKTW.shape[1], -1, tokens, width)
-    scores = scale * jnp.einsum("bkgtw,bksw->bkgts", grouped, k_BKTW, preferred_element_type=jnp.float32)
+    grouped = q_BHTW.reshape(rows, k_BKSW.shape[1], -1, tokens, width)
+    scores = scale * jnp.einsum("bkgtw,bksw->bkgts", grouped, k_BKSW, preferred_element_type=jnp.float32)
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-    at = jnp.arange(tokens)
-    seen = at[:, None] >= at[None, :]
-    if window is not None:
-        seen &= at[:, None] - at[None, :] < window
-    seen = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
     if sinks_H is None:
         weights = jax.nn.softmax(scores, -1)
     else:
-        sinks = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, k_BKTW.shape[1], -1, 1, 1), (*scores.shape[:-1], 1))
+        sinks = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, k_BKSW.shape[1], -1, 1, 1), (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, sinks], -1), -1)[..., :-1]
-    out = jnp.einsum("bkgts,bksw->btkgw", weights.astype(v_BKTW.dtype), v_BKTW, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkgts,bksw->btkgw", weights.astype(v_BKSW.dtype), v_BKSW, preferred_element_type=jnp.float32)
     return out.reshape(rows, tokens, heads, -1).astype(q_BHTW.dtype)
 
 

@@ -7,13 +7,17 @@ may hold the TPU already.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pantheraml.errors import DeviceError
@@ -58,7 +62,7 @@ class Answer(BaseModel):
 
 
 class XlaBackend:
-    """TPUs that JAX reaches. They are found and described; the engine that trains on them is not built yet.
+    """TPUs that JAX reaches. Models train on them through engines/xla_engine.py; torch itself works on the host.
 
     Args:
         simulate: take XLA's CPU devices for TPUs, to try things out. Everything they report says "simulated".
@@ -114,7 +118,7 @@ class XlaBackend:
             name=core.device_kind,
             memory_bytes=total,
             free_bytes=None if core.bytes_in_use is None or total is None else total - core.bytes_in_use,  # one process holds a TPU
-            dtypes=(),
+            dtypes=("bfloat16", "float32"),
             capability=generation,
             cores=cores,
             topology=_extent(answer.slice_coords, flat=flat) or self._environment.slice_shape(flat=flat),
@@ -130,7 +134,7 @@ class XlaBackend:
             name=f"XLA {answer.version} on {cpu_name()}",
             memory_bytes=total,
             free_bytes=free,
-            dtypes=(),
+            dtypes=("float32", "bfloat16"),
             simulated=True,
         )
 
@@ -192,9 +196,38 @@ class XlaBackend:
     def _no_torch(self, what: str) -> NoReturn:
         raise DeviceError(
             what,
-            why="models train on a TPU through the XLA engine, which this version does not have yet",
-            fix="choose another device, or auto; pantheraml devices lists what is here",
+            why="torch has no tensors on a TPU; models train there through JAX, by pantheraml train and Trainer",
+            fix="train with them, or choose another device; pantheraml devices lists what is here",
         )
+
+    def mesh(self, axes: Mapping[str, int], cache: Path) -> Any:
+        """A `jax.sharding.Mesh` with these axes over as many of JAX's devices; starts JAX in this process.
+
+        What is compiled from then on is kept in a folder of the cache.
+        Where the TPU is simulated and JAX has not started yet, the CPU shows as many devices as that.
+        Raises: DeviceError if there are fewer.
+        """
+        jax: Any = import_module("jax")  # whether it has started is not in its public face
+        wanted = math.prod(axes.values())
+        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser() / "xla"))
+        if not jax._src.xla_bridge.backends_are_initialized():
+            if self._simulate:
+                jax.config.update("jax_platforms", "cpu")
+                jax.config.update("jax_num_cpu_devices", wanted)
+            elif self._environment.platforms is None:
+                jax.config.update("jax_platforms", "tpu,cpu")
+        devices = jax.devices(self._platform)
+        if len(devices) < wanted:
+            raise DeviceError(
+                f"{wanted} devices were asked for ({' x '.join(f'{axis} {size}' for axis, size in axes.items())})",
+                why=f"JAX has {len(devices)} here: {devices[0].device_kind}",
+                fix=f"ask for at most {len(devices)}"
+                + (", or set XLA_FLAGS=--xla_force_host_platform_device_count before JAX starts" if self._simulate else ""),
+            )
+        shape = tuple(axes.values())
+        if wanted == len(devices) and not self._simulate:
+            return jax.make_mesh(shape, tuple(axes), devices=devices)
+        return jax.sharding.Mesh(numpy.array(devices[:wanted]).reshape(shape), tuple(axes))
 
     def seed(self, seed: int) -> None:
         """Set torch's generator, which initial weights draw from. JAX has none: its random numbers take a key each."""
@@ -314,7 +347,6 @@ def ask_here(platform: str) -> Answer:
 def _multiply(device: Any) -> None:
     """Raises: RuntimeError if the device multiplies wrongly."""
     import jax
-    import numpy
 
     half = jax.device_put(numpy.full((_PROBE_SIZE, _PROBE_SIZE), 0.5, numpy.float32), device)
     product = numpy.asarray(half @ half)

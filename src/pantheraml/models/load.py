@@ -50,7 +50,6 @@ def read_shape(spec: ModelSpec) -> ModelShape:
 def shape_of(model: Any, name: str) -> ModelShape:
     """The same for a model that is there; what an adapter added to it is not counted."""
     import torch
-    from torch import nn
 
     fused = decodes(model) is None and not (hasattr(model, "peft_config") and stock_layers(model))
     if hasattr(model, "get_base_model"):
@@ -83,11 +82,18 @@ def shape_of(model: Any, name: str) -> ModelShape:
         head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * hidden),
         max_tokens=int(getattr(text, "max_position_embeddings", None) or 2048),
-        packs=not any(isinstance(module, nn.Conv1d) or _CARRIES_STATE.search(type(module).__name__) for module in model.modules()),
+        packs=not carries_state(model),
         weight_bytes_each=dtype.itemsize if dtype else 4,
         fused=fused,
         attention=_attention_of(type(model)),
     )
+
+
+def carries_state(model: Any) -> bool:
+    """Whether layers hand a state from token to token, beside what attention sees."""
+    from torch import nn
+
+    return any(isinstance(module, nn.Conv1d) or _CARRIES_STATE.search(type(module).__name__) for module in model.modules())
 
 
 def weight_bytes(model: Any) -> int:

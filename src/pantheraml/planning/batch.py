@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pantheraml.errors import DeviceError
@@ -167,6 +167,19 @@ def _chosen(
     why = "the recipe asks for it: " if given else "" if levels[0] not in RECOMPUTED else "not even one row fits without: "
     why += "; ".join(SAID[level] for level in dict.fromkeys(levels))
     return MicroBatch(micro_tokens=tokens, levels=levels, memory=memory, reason=reason, levels_reason=why)
+
+
+def shared_rows(micro: MicroBatch, longest_row: int, shares: int, estimate: Estimate) -> MicroBatch:
+    """With as many rows that several devices have the same number of them."""
+    rows = -(-max(1, micro.micro_tokens // longest_row) // shares) * shares
+    if shares == 1 or rows * longest_row == micro.micro_tokens:
+        return micro
+    return replace(
+        micro,
+        micro_tokens=rows * longest_row,
+        memory=estimate(rows * longest_row, micro.levels),
+        reason=f"{rows // shares} rows for each of {shares} devices; {micro.reason}",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

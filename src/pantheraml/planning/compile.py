@@ -22,6 +22,8 @@ def choose_compile(asked: str, device: Device, *, fused: bool, steps: int | None
     Args:
         asked: hardware.compile of the recipe. fused: the kernels compute the layers. steps: of the run; None: not known.
     """
+    if KINDS[device.kind].family == "tpu":
+        return False, "XLA compiles whole steps, once for each shape"
     if asked != "auto":
         return asked == "on", f"the recipe asks for it; compiling takes {COMPILING}, once" if asked == "on" else "the recipe asks for it"
     if fused:

@@ -13,13 +13,15 @@ from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
 from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of, whole_bytes
-from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths
+from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, shared_rows
 from pantheraml.planning.compile import choose_compile, choose_graphs, recording_bytes
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
 from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
 from pantheraml.planning.rows import check_micro_tokens, choose_packing, choose_row_tokens, longest_allowed
 from pantheraml.planning.shape import ModelShape
+from pantheraml.planning.sharding import choose_mesh, format_mesh, row_shares
+from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.types import LoRA, Recipe
 
 
@@ -28,6 +30,7 @@ class Plan:
     """What will be done. `reasons` maps a choice to its sentence; `pantheraml plan` prints them.
 
     Attributes:
+        world_size: devices that train together. mesh: how those of a TPU are arranged, axis -> devices; see planning/sharding.py.
         dtype: of the arithmetic; weights that train are kept in float32.
         base_dtype: of the weights that do not train.
         quantizer: how they are held where that is in fewer bits. whole: each matrix in four bits is also kept in `dtype`.
@@ -43,6 +46,7 @@ class Plan:
 
     device: Device
     world_size: int
+    mesh: dict[str, int]
     dtype: Dtype
     base_dtype: Dtype
     attention: str
@@ -92,6 +96,7 @@ class Plan:
         rows = " ".join(str(length) for length in self.row_tokens)
         values = {
             "device": f"{self.device} {self.device.label}, {format_bytes(self.device.free_bytes)} free",
+            "devices": str(self.world_size) + (f": {format_mesh(self.mesh)}" if self.world_size > 1 else ""),
             "dtype": self.dtype,
             "base_dtype": self.quantizer or self.base_dtype,
             "attention": self.attention,
@@ -139,6 +144,8 @@ def make_plan(
     """
     reasons: dict[str, str] = {}
     device, reasons["device"] = select(inventory, recipe.hardware, asked_by)
+    mesh, reasons["devices"] = choose_mesh(recipe.hardware, device, inventory, shape)
+    world_size = math.prod(mesh.values())
     lora = recipe.adapter if isinstance(recipe.adapter, LoRA) else None
     rank = lora.rank if lora else None
 
@@ -156,25 +163,27 @@ def make_plan(
     check_micro_tokens(recipe, row_tokens[-1])
 
     def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:
-        return _memory(recipe, shape, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
+        return _memory(recipe, shape, device, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
 
     asked = recipe.batch.micro_tokens
     mean_tokens = train_tokens / train_rows if train_tokens and train_rows else longest_example or max_tokens
     micro = choose_micro_tokens(
         memory_for,
-        free_bytes=known(device.free_bytes, device),
+        free_bytes=world_size * known(device.free_bytes, device),
         longest_row=row_tokens[-1],
         batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
         most_tokens=None if longest_example is None else recipe.batch.size * min(longest_example, max_tokens),
         peak_flops=device.peak_flops,
         layers=shape.layers,
-        rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape)),
+        rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device)),
         asked=None if asked == "auto" else asked,
         remedies=_remedies(recipe, shape, device, dtype, chosen_attention, quantizers, row_tokens[-1]),
     )
+    if asked == "auto":
+        micro = shared_rows(micro, row_tokens[-1], row_shares(mesh), memory_for)
     reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.levels_reason
     compile_layers, reasons["compile"] = choose_compile(
-        recipe.hardware.compile, device, fused=fused(recipe, shape), steps=_steps(recipe, train_rows)
+        recipe.hardware.compile, device, fused=fused(recipe, shape, device), steps=_steps(recipe, train_rows)
     )
     lr, reasons["lr"] = _lr(recipe, lora is not None)
 
@@ -182,19 +191,19 @@ def make_plan(
     cost = estimate_cost(
         shape,
         # The kernels' attention ends where an example ends, the models' own runs over the row.
-        row_tokens=min(row_tokens[-1], math.ceil(mean_tokens)) if fused(recipe, shape) else row_tokens[-1],
+        row_tokens=min(row_tokens[-1], math.ceil(mean_tokens)) if fused(recipe, shape, device) else row_tokens[-1],
         levels=micro.levels,
         lora_rank=rank,
         peak_flops=device.peak_flops if dtype == device.dtypes[0] else None,
         total_tokens=_total_tokens(recipe, train_tokens, train_rows),
-        fused=fused(recipe, shape),
+        fused=fused(recipe, shape, device),
         usd_per_hour=price.usd_per_hour,
     )
     budget = int((device.free_bytes or 0) * HEADROOM)
     graphs, reasons["graphs"] = choose_graphs(
         recipe.hardware.graphs,
         device,
-        fused=fused(recipe, shape),
+        fused=fused(recipe, shape, device),
         lora=lora is not None,
         levels=micro.levels,
         compiled=compile_layers,
@@ -223,7 +232,8 @@ def make_plan(
 
     return Plan(
         device=device,
-        world_size=1,
+        world_size=world_size,
+        mesh=mesh,
         dtype=dtype,
         base_dtype=base_dtype,
         attention=chosen_attention,
@@ -300,12 +310,12 @@ def _remedies(
     recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype, attention: str, quantizers: tuple[str, ...], longest_row: int
 ) -> tuple[str, ...]:
     """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each."""
-    possible = rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape))
-    most = rungs(device, "auto", fused=fused(recipe, shape))
+    possible = rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device))
+    most = rungs(device, "auto", fused=fused(recipe, shape, device))
     budget = (device.free_bytes or 0) * HEADROOM
 
     def fits(changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, level: Level = possible[-1]) -> bool:
-        return _memory(changed, shape, arithmetic, attention, row, row, (level,) * shape.layers).total_bytes <= budget
+        return _memory(changed, shape, device, arithmetic, attention, row, row, (level,) * shape.layers).total_bytes <= budget
 
     remedies: list[str] = []
     if recipe.batch.micro_tokens != "auto" and fits(recipe):
@@ -325,13 +335,17 @@ def _remedies(
     return tuple(remedies)
 
 
-def fused(recipe: Recipe, shape: ModelShape) -> bool:
+def fused(recipe: Recipe, shape: ModelShape, device: Device) -> bool:
     """Whether the kernels compute the layers, adapters and all."""
-    return shape.fused and not (isinstance(recipe.adapter, LoRA) and (recipe.adapter.dropout > 0 or recipe.adapter.dora))
+    return (
+        shape.fused
+        and KINDS[device.kind].family != "tpu"
+        and not (isinstance(recipe.adapter, LoRA) and (recipe.adapter.dropout > 0 or recipe.adapter.dora))
+    )
 
 
 def _memory(
-    recipe: Recipe, shape: ModelShape, dtype: Dtype, attention: str, row_tokens: int, micro_tokens: int, levels: Levels
+    recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype, attention: str, row_tokens: int, micro_tokens: int, levels: Levels
 ) -> MemoryEstimate:
     rank = recipe.adapter.rank if isinstance(recipe.adapter, LoRA) else None
     return estimate_memory(
@@ -341,7 +355,7 @@ def _memory(
         micro_tokens=micro_tokens,
         row_tokens=row_tokens,
         levels=levels,
-        fused=fused(recipe, shape),
+        fused=fused(recipe, shape, device),
         attention=attention,
         compute_bytes_each=BYTES_EACH[dtype],
         lora_rank=rank,

@@ -6,7 +6,14 @@ Axes of a mesh: dp holds copies, fsdp parts of every weight that are gathered wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+
+from pantheraml.errors import DeviceError, RecipeError
+from pantheraml.hardware.device import Device, Inventory
+from pantheraml.planning.shape import ModelShape
+from pantheraml.recipe.kinds import KINDS
+from pantheraml.recipe.types import HardwareAsk
 
 AXES = ("dcn", "dp", "fsdp", "tp")
 _BY_OUTPUT = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens"})
@@ -46,3 +53,52 @@ def _tp_dimension(parts: list[str]) -> int | None:
     if "lora_B" in parts:  # [outputs, rank]
         return 0 if by_output else None
     return 0 if by_output else 1
+
+
+def choose_mesh(ask: HardwareAsk, device: Device, inventory: Inventory, shape: ModelShape) -> tuple[dict[str, int], str]:
+    """The axes of the mesh, the outermost first, and why; empty for a single device of any kind but a TPU.
+
+    Raises: DeviceError for more devices than there are, or more than one of another kind; RecipeError for axes that do not fit.
+    """
+    there = sum(each.kind == device.kind for each in inventory.devices)
+    axes = {} if ask.mesh is None else {axis: size for axis in AXES if (size := getattr(ask.mesh, axis)) > 1}
+    wanted = (
+        math.prod(axes.values()) if ask.devices in ("auto", "all") and axes else there if ask.devices in ("auto", "all") else ask.devices
+    )
+    if KINDS[device.kind].family != "tpu":
+        if axes or (ask.devices != "auto" and wanted > 1):
+            raise DeviceError(
+                f"hardware.{'mesh' if axes else 'devices'}: several devices of kind {device.kind} cannot train together",
+                why="this version does so on a TPU alone",
+                fix="set hardware.devices to 1, and leave hardware.mesh out",
+            )
+        return {}, "several train together on a TPU alone" if there > 1 else f"there is one of kind {device.kind}"
+    if wanted > there and not device.simulated:
+        raise DeviceError(
+            f"{wanted} devices were asked for, and {there} of kind {device.kind} answered",
+            why="the others are not there, or not of this host",
+            fix=f"set hardware.devices to {there}, or all",
+        )
+    if axes and math.prod(axes.values()) != wanted:
+        raise RecipeError(
+            f"hardware.mesh is {format_mesh(axes)}, and hardware.devices {wanted}",
+            why=f"the axes stand for {math.prod(axes.values())} devices",
+            fix="leave one of them out",
+        )
+    if shape.kv_heads % axes.get("tp", 1):
+        raise RecipeError(
+            f"hardware.mesh.tp={axes['tp']} does not divide the {shape.kv_heads} heads of keys of {shape.name}",
+            why="each device would need a part of a head, and fetch the rest in every layer",
+            fix=f"set it to a divisor of {shape.kv_heads}, and hardware.mesh.fsdp to what is left",
+        )
+    return axes or {"fsdp": int(wanted)}, "the recipe asks for it" if axes else "every weight in as many parts, the rows divided as well"
+
+
+def format_mesh(mesh: Mapping[str, int]) -> str:
+    """`fsdp 4 x tp 2`."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+
+
+def row_shares(mesh: Mapping[str, int]) -> int:
+    """Into how many parts the rows of a micro-batch are divided."""
+    return math.prod(size for axis, size in mesh.items() if axis != "tp")

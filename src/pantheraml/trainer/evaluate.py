@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pantheraml.engines.torch_engine import TorchEngine
+from pantheraml.engines.open import open_engine
 from pantheraml.errors import DataError
-from pantheraml.hardware.backend import open_backend
+from pantheraml.hardware.backend import backend_of
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.recipe.types import Recipe
 from pantheraml.trainer.fast import batches_of, layout_of
@@ -30,13 +30,13 @@ def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
             why="the run held none out, or none of them could be used",
             fix="name a file with rows: pantheraml eval RUN FILE",
         )
-    backend = open_backend(plan.device.kind)
+    backend = backend_of(plan.device)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
-    engine = TorchEngine(backend, recovery)
+    engine = open_engine(backend, plan, recovery)
     engine.prepare(loaded.model, sft_loss(loaded.model), None, plan, seed=recipe.run.seed)
     layout = layout_of(replace(plan, packing=False), view.tokenizer, trim=not backend.static_shapes)
     samples, asked = ask(data.questions, (), data.encoder)
-    samples = with_answers(samples, answers(loaded.model, loaded.tokenizer, asked, recipe.eval.max_new_tokens), after=True)
+    samples = with_answers(samples, answers(engine, loaded.tokenizer, asked, recipe.eval.max_new_tokens), after=True)
     return {
         "rows": len(data.held_out),
         "loss": engine.evaluate(batches_of(data, plan, layout)),

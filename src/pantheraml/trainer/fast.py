@@ -47,7 +47,7 @@ def prepare_kernels(plan: Plan, say: Callable[[str], None]) -> None:
 
 def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Decoder | None:
     """What computes the layers by the kernels, at the plan's levels; None: the model keeps its own forward."""
-    if decodes(model) is not None:
+    if backend.engine != "torch" or decodes(model) is not None:
         return None
     allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=True)
     away = HostMemory(backend.torch_device(plan.device.index), pinned=backend.pinned_memory) if "offload" in allowed else None
@@ -72,18 +72,20 @@ def relief(model: Any, decoder: Decoder | None, graphs: Graphs | None) -> str | 
 
 
 @contextmanager
-def made_fast(model: Any, decoder: Decoder | None, plan: Plan) -> Iterator[None]:
-    """Where the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so."""
+def made_fast(model: Any, decoder: Decoder | None, plan: Plan, backend: Backend) -> Iterator[None]:
+    """Where torch computes and the model keeps its own forward: its adapted layers by the kernels at least, and its layers compiled if the plan says so."""
     with ExitStack() as stack:
-        if decoder is None:
+        if decoder is None and backend.engine == "torch":
             stack.enter_context(fused_lora(model))
             if plan.compile:
                 stack.enter_context(compiled_layers(model))
         yield
 
 
-def slower_than_could_be(model: Any, plan: Plan) -> list[str]:
+def slower_than_could_be(model: Any, plan: Plan, backend: Backend) -> list[str]:
     """What was not computed by the fastest kernels, and why: for the report."""
+    if backend.engine != "torch":
+        return []
     found: list[str] = []
     if (why := decodes(model)) is not None:
         found.append(f"the model's own forward computed the layers: {why}")

@@ -20,7 +20,7 @@ from pantheraml.data.load import BadRows
 from pantheraml.data.prepare import Prepared, Records, prepare
 from pantheraml.engines.adamw import check_installed
 from pantheraml.engines.graphs import Graphs
-from pantheraml.engines.torch_engine import TorchEngine
+from pantheraml.engines.open import loading_device, open_engine
 from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
@@ -111,7 +111,7 @@ def train(
         model: Any = load_model(
             local.model,
             dtype=getattr(torch, plan.base_dtype),
-            device=backend.torch_device(plan.device.index),
+            device=loading_device(backend, plan.device.index),
             attention=plan.attention,
             quantization=quantization(plan.quantizer, getattr(torch, plan.dtype)),
         )
@@ -217,7 +217,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     record = backend.recorder(plan.device.index) if plan.graphs and decoder else None
     graphs = Graphs(record) if record else None
-    engine = TorchEngine(backend, recovery, graphs)
+    engine = open_engine(backend, plan, recovery, graphs)
     prepare_kernels(plan, lambda said: console.print(said, markup=False, highlight=False))
     host = in_host_memory(plan.device.kind)
     gives_back = host and plan.checkpointing and return_freed_memory()
@@ -235,7 +235,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
     stored = read_samples(folder / BEFORE)
     if stored is None or [replace(sample, before=None) for sample in stored] != samples:
-        stored = with_answers(samples, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=False)
+        stored = with_answers(samples, answers(engine, tokenizer, asked, recipe.eval.max_new_tokens), after=False)
         write_samples(folder / BEFORE, stored)
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, fingerprint=_fingerprint(recipe, source.fingerprint), keep=recipe.run.keep)
@@ -246,7 +246,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         engine.load_state_dict(found.tensors)
         recovery.restore(position.parts, position.recoveries, position.reliefs)
         for _ in range(position.reliefs):
-            lighter()
+            engine.lower()
         checkpoints.discard_after(found.step)
         console.print(f"Going on after step {found.step} of {source.total_steps}.", markup=False)
 
@@ -268,7 +268,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        with monitor, made_fast(model, decoder, plan):
+        with monitor, made_fast(model, decoder, plan, backend):
             rehearse(engine, layout, plan, backend, view.held_bytes, watch.say)
             position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
@@ -280,7 +280,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         graphs.forget()
 
     notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
-    notes += slower_than_could_be(model, plan)
+    notes += slower_than_could_be(model, plan, backend)
     notes += [graphs.said] if graphs else []
     notes += ["layers are computed again, so this process gives memory back as soon as it is freed, from now on"] if gives_back else []
     kept = position.step
@@ -291,13 +291,14 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         except Damaged as error:
             notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
             console.print(notes[-1], markup=False)
-    with made_fast(model, decoder, plan):
+    with made_fast(model, decoder, plan, backend):
         final = engine.evaluate(held_out) if held_out else None
     notes += recovery.said
-    samples = with_answers(stored, answers(model, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
+    samples = with_answers(stored, answers(engine, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
     if stop.signal is not None:
         raise loop.stopped(stop.signal, position.step, source.total_steps, folder)
 
+    engine.hand_back()
     _save(model, view, folder)
     run = Run(folder)
     report = summary(

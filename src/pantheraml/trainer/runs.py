@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pantheraml.data.chat import Encoder
+from pantheraml.engines.open import loading_device
 from pantheraml.errors import PantheraError, RecipeError, StorageError
 from pantheraml.export.gguf import export_gguf
 from pantheraml.export.ollama import write_modelfile
 from pantheraml.export.safetensors import atomic_folder, merge
-from pantheraml.hardware.backend import open_backend
+from pantheraml.hardware.backend import backend_of
 from pantheraml.hardware.find import find
 from pantheraml.models.generate import generate
 from pantheraml.models.load import load_model, load_tokenizer
@@ -213,10 +214,10 @@ def load_target(spec: ModelSpec, *, adapter: Path | None = None, format: Format 
 
     ask = ask or HardwareAsk()
     device = find(ask).device
-    backend = open_backend(device.kind)
+    backend = backend_of(device)
     backend.set_threads(ask.threads)
     dtype = getattr(torch, spec.dtype if spec.dtype != "auto" else device.dtypes[0])
-    model: Any = load_model(spec, dtype=dtype, device=backend.torch_device(device.index))
+    model: Any = load_model(spec, dtype=dtype, device=loading_device(backend, device.index))
     tokenizer = load_tokenizer(ModelSpec(name=str(adapter)) if adapter else spec)
     if adapter:
         from peft import PeftModel

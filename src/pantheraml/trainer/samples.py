@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pantheraml.data.chat import Encoder, Question
-from pantheraml.models.generate import generate
+from pantheraml.engines.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ def ask(questions: Sequence[Question], prompts: Sequence[str], encoder: Encoder)
     return samples, tokens + [encoder.ask([{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
-def answers(model: Any, tokenizer: Any, tokens: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+def answers(engine: Engine, tokenizer: Any, tokens: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
     """Greedy answers, stripped of white space at both ends."""
-    return [answer.strip() for answer in generate(model, tokenizer, tokens, max_new_tokens=max_new_tokens)]
+    return [answer.strip() for answer in engine.generate(tokenizer, tokens, max_new_tokens=max_new_tokens)]
 
 
 def exact_match(samples: Sequence[Sample], *, after: bool) -> float | None:

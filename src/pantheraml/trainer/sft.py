@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pantheraml.engines.engine import MicroTensors, RowTensors
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.head import Head, output_head
@@ -12,7 +13,7 @@ from pantheraml.planning.memory import loss_chunk
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pantheraml.engines.engine import LossFn, MicroTensors
+    from pantheraml.engines.engine import LossFn
 
 
 def sft_loss(model: Any, decoder: Decoder | None = None) -> LossFn:
@@ -27,19 +28,20 @@ def sft_loss(model: Any, decoder: Decoder | None = None) -> LossFn:
     if decoder is None and decodes(model) is None:
         decoder = Decoder(model)
 
-    def from_hidden(_: Any, batch: MicroTensors) -> Tensor:
-        own_forward = decoder is None or batch.starts is None
-        return head_loss(head, hidden_states(head, batch) if own_forward else decoder.hidden(batch), batch)
+    def from_hidden(_: Any, batch: RowTensors) -> Tensor:
+        if decoder is not None and isinstance(batch, MicroTensors):
+            return head_loss(head, decoder.hidden(batch), batch)
+        return head_loss(head, hidden_states(head, batch), batch)
 
     return from_hidden
 
 
-def head_loss(head: Head, hidden: Tensor, batch: MicroTensors) -> Tensor:
+def head_loss(head: Head, hidden: Tensor, batch: RowTensors) -> Tensor:
     """Sum of the token losses without the logits of the whole batch. hidden: of the labelled tokens [N, D], or of all [B, T, D]."""
     return linear_cross_entropy(
         hidden,
         head.linear.weight,
-        batch.labels if batch.labelled is None else batch.labels.flatten().index_select(0, batch.labelled),
+        batch.labels.flatten().index_select(0, batch.labelled) if isinstance(batch, MicroTensors) else batch.labels,
         bias_V=head.linear.bias,
         scale=head.scale,
         softcap=head.softcap,
@@ -47,13 +49,13 @@ def head_loss(head: Head, hidden: Tensor, batch: MicroTensors) -> Tensor:
     )
 
 
-def hidden_states(head: Head, batch: MicroTensors) -> Tensor:
-    """[labelled tokens, D] after the last norm, by the model's own forward; [B, T, D] where all tokens count."""
+def hidden_states(head: Head, batch: RowTensors) -> Tensor:
+    """[labelled tokens, D] after the last norm, by the model's own forward; of rows alone [B, T, D]."""
     hidden_BTD = head.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-    return hidden_BTD if batch.labelled is None else hidden_BTD.flatten(0, 1).index_select(0, batch.labelled)
+    return hidden_BTD.flatten(0, 1).index_select(0, batch.labelled) if isinstance(batch, MicroTensors) else hidden_BTD
 
 
-def stock_loss(model: Any, batch: MicroTensors) -> Tensor:
+def stock_loss(model: Any, batch: RowTensors) -> Tensor:
     """Sum of the token losses from the model's own forward; for any causal language model."""
     from torch.nn import functional as F
 

@@ -1,0 +1,36 @@
+"""Which engine computes the steps on a device."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from pantheraml.engines.engine import Engine
+from pantheraml.engines.graphs import Graphs
+from pantheraml.engines.torch_engine import TorchEngine
+from pantheraml.errors import MissingExtra
+from pantheraml.hardware.backend import Backend
+from pantheraml.hardware.recovery import Recovery
+from pantheraml.hardware.settings import read_settings
+from pantheraml.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from pantheraml.hardware.xla import XlaBackend
+
+
+def open_engine(backend: Backend, plan: Plan, recovery: Recovery | None = None, graphs: Graphs | None = None) -> Engine:
+    """The engine of the backend. Raises: DeviceError if the plan wants more devices than there are, MissingExtra."""
+    if backend.engine == "torch":
+        return TorchEngine(backend, recovery, graphs)
+    if find_spec("torchax") is None:
+        raise MissingExtra("torchax", needed_for=f"training on {plan.device}", install="pantheraml[xla]")
+    from pantheraml.engines.xla_engine import XlaEngine
+
+    return XlaEngine(cast("XlaBackend", backend).mesh(plan.mesh, read_settings().cache), recovery)
+
+
+def loading_device(backend: Backend, index: int) -> torch.device:
+    """Where a model is loaded, for an engine to take it over: on its device, or on the host where torch cannot reach that."""
+    return backend.torch_device(index) if backend.engine == "torch" else torch.device("cpu")
