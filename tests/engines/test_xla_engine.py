@@ -56,7 +56,7 @@ def model_of(small: Callable[..., Any]) -> Callable[..., Any]:
 
     def made(family: str, *, rank: int | None = 4, dropout: float = 0.0, **sizes: Any) -> Any:
         windowed = {"sliding_window": 8} if family in ("mistral", "gemma2") else {}
-        model = small(family, num_hidden_layers=4, **windowed, **sizes)
+        model = mixture() if family == "mixtral" else small(family, num_hidden_layers=4, **windowed, **sizes)
         if rank is None:
             return model
         model = attach(model, LoRA(rank=rank, dropout=dropout), seed=1)
@@ -67,6 +67,17 @@ def model_of(small: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return made
+
+
+def mixture() -> Any:
+    """Four layers with four experts each, of which two compute a token."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=263, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.1, pad_token_id=0, **sizes)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return MixtralForCausalLM(config).eval()
 
 
 def steps(count: int, *, packing: bool = True, **shape: Any) -> Steps:

@@ -49,21 +49,32 @@ def test_what_an_axis_does_not_divide_stays_whole() -> None:
 
 def test_a_slice_is_used_whole_unless_something_else_is_asked_for(shape: ModelShape) -> None:
     device, inventory = slice_of(8)
-    assert choose_mesh(HardwareAsk(), device, inventory, shape)[0] == {"fsdp": 8}
-    assert choose_mesh(HardwareAsk(devices=4), device, inventory, shape)[0] == {"fsdp": 4}
-    asked = HardwareAsk.model_validate({"mesh": {"tp": 2, "dp": 4}})
-    assert choose_mesh(asked, device, inventory, shape)[0] == {"dp": 4, "tp": 2}
+    for asked, expected in (
+        ({}, {"fsdp": 8}),
+        ({"devices": "all"}, {"fsdp": 8}),
+        ({"devices": 4}, {"fsdp": 4}),
+        ({"tp": 2}, {"fsdp": 4, "tp": 2}),
+        ({"dp": 8}, {"dp": 8}),
+        ({"dp": 4, "tp": 2}, {"dp": 4, "tp": 2}),
+        ({"dcn": 2, "fsdp": 4}, {"dcn": 2, "fsdp": 4}),
+        ({"fsdp": 2}, {"fsdp": 2}),
+        ({"devices": 1}, {"fsdp": 1}),
+    ):
+        assert choose_mesh(HardwareAsk.model_validate(asked), device, inventory, shape)[0] == expected
     assert (format_mesh({"dp": 4, "tp": 2}), row_shares({"dp": 4, "tp": 2})) == ("dp 4 x tp 2", 4)
 
 
 def test_what_is_not_there_is_refused_with_the_real_count(shape: ModelShape) -> None:
     device, inventory = slice_of(4)
-    with pytest.raises(DeviceError, match="8 devices were asked for, and 4 of kind tpu answered"):
-        choose_mesh(HardwareAsk(devices=8), device, inventory, shape)
-    with pytest.raises(RecipeError, match="stand for 8 devices"):
-        choose_mesh(HardwareAsk.model_validate({"devices": 4, "mesh": {"fsdp": 8}}), device, inventory, shape)
+    for asked in ({"devices": 8}, {"dp": 8}, {"fsdp": 8}):
+        with pytest.raises(DeviceError, match="8 devices were asked for, and 4 of kind tpu answered"):
+            choose_mesh(HardwareAsk.model_validate(asked), device, inventory, shape)
+    with pytest.raises(RecipeError, match="fsdp 2 does not come to 4 devices"):
+        choose_mesh(HardwareAsk(devices=4, fsdp=2), device, inventory, shape)
+    with pytest.raises(RecipeError, match="dp 3 does not come to 4 devices"):
+        choose_mesh(HardwareAsk(dp=3), device, inventory, shape)
     with pytest.raises(RecipeError, match="does not divide the 2 heads of keys"):
-        choose_mesh(HardwareAsk.model_validate({"mesh": {"tp": 4}}), device, inventory, shape)
+        choose_mesh(HardwareAsk(tp=4), device, inventory, shape)
 
 
 def test_a_simulated_slice_has_as_many_as_are_asked_for(shape: ModelShape) -> None:
@@ -77,6 +88,6 @@ def test_other_kinds_train_alone(shape: ModelShape) -> None:
     inventory = Inventory(devices=devices)
     assert choose_mesh(HardwareAsk(), devices[0], inventory, shape)[0] == {}
     assert choose_mesh(HardwareAsk(devices=1), devices[0], inventory, shape)[0] == {}
-    for asked in ({"devices": 2}, {"devices": "all"}, {"mesh": {"dp": 2}}):
+    for asked in ({"devices": 2}, {"devices": "all"}, {"dp": 2}):
         with pytest.raises(DeviceError, match="cannot train together"):
             choose_mesh(HardwareAsk.model_validate(asked), devices[0], inventory, shape)

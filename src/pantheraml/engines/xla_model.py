@@ -35,6 +35,8 @@ device_module.get_rng_state = lambda device=0: torch.empty(0, dtype=torch.uint8)
 
 ATTENTION = "pantheraml_xla"
 """The name under which transformers finds `_attention`; a name that it has no mask for, so that none is made."""
+EXPERTS = "batched_mm"
+"""Transformers' name for the experts of a mixture as one product; their grouped product has no counterpart in XLA."""
 Arrays = dict[str, Any]
 """Name of a `Slot` -> array."""
 Cache = tuple[Any, Any]
@@ -122,9 +124,10 @@ class TracedModel:
 
     @contextmanager
     def _passing(self, step: _Pass, key: Any, train: bool) -> Iterator[None]:
-        """Within the block, the model can be called with traced tensors, and its attention is ours."""
+        """Within the block, the model can be called with traced tensors: its attention is ours, and experts are one batched product."""
         config = self._causal.config
         before, config._attn_implementation = config._attn_implementation, ATTENTION
+        experts, config._experts_implementation = config._experts_implementation, EXPERTS
         self.now = step
         _tracing.append(self)
         try:
@@ -132,7 +135,7 @@ class TracedModel:
                 yield
         finally:
             _tracing.pop()
-            config._attn_implementation = before
+            config._attn_implementation, config._experts_implementation = before, experts
 
     def tensor(self, arrays: Any) -> Any:
         """Arrays, in whatever they are nested, as tensors that are traced; nothing is copied."""

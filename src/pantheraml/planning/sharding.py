@@ -61,37 +61,46 @@ def choose_mesh(ask: HardwareAsk, device: Device, inventory: Inventory, shape: M
     Raises: DeviceError for more devices than there are, or more than one of another kind; RecipeError for axes that do not fit.
     """
     there = sum(each.kind == device.kind for each in inventory.devices)
-    axes = {} if ask.mesh is None else {axis: size for axis in AXES if (size := getattr(ask.mesh, axis)) > 1}
-    wanted = (
-        math.prod(axes.values()) if ask.devices in ("auto", "all") and axes else there if ask.devices in ("auto", "all") else ask.devices
-    )
+    fixed = {"dcn": ask.dcn, "dp": ask.dp, "tp": ask.tp}
+    others = math.prod(fixed.values())
     if KINDS[device.kind].family != "tpu":
-        if axes or (ask.devices != "auto" and wanted > 1):
+        wanted = there if ask.devices == "all" else 1 if ask.devices == "auto" else ask.devices
+        if max(wanted, others * (1 if ask.fsdp == "auto" else ask.fsdp)) > 1:
             raise DeviceError(
-                f"hardware.{'mesh' if axes else 'devices'}: several devices of kind {device.kind} cannot train together",
+                f"several devices of kind {device.kind} cannot train together",
                 why="this version does so on a TPU alone",
-                fix="set hardware.devices to 1, and leave hardware.mesh out",
+                fix="set hardware.devices to 1, and leave hardware.dcn, dp, fsdp and tp out",
             )
         return {}, "several train together on a TPU alone" if there > 1 else f"there is one of kind {device.kind}"
+    said = isinstance(ask.devices, int)
+    wanted = (
+        ask.devices if isinstance(ask.devices, int) else there if ask.fsdp == "auto" and others <= there else others * _number(ask.fsdp)
+    )
     if wanted > there and not device.simulated:
         raise DeviceError(
             f"{wanted} devices were asked for, and {there} of kind {device.kind} answered",
             why="the others are not there, or not of this host",
             fix=f"set hardware.devices to {there}, or all",
         )
-    if axes and math.prod(axes.values()) != wanted:
+    if wanted % others or (ask.fsdp != "auto" and others * ask.fsdp != wanted):
+        axes = {**fixed, **({} if ask.fsdp == "auto" else {"fsdp": ask.fsdp})}
         raise RecipeError(
-            f"hardware.mesh is {format_mesh(axes)}, and hardware.devices {wanted}",
-            why=f"the axes stand for {math.prod(axes.values())} devices",
-            fix="leave one of them out",
+            f"{format_mesh({axis: size for axis, size in axes.items() if size > 1})} does not come to {wanted} devices",
+            why="hardware.devices asks for so many" if said else "so many are here",
+            fix="leave hardware.fsdp out, and let the product of dcn, dp and tp divide the number of devices",
         )
-    if shape.kv_heads % axes.get("tp", 1):
+    if shape.kv_heads % ask.tp:
         raise RecipeError(
-            f"hardware.mesh.tp={axes['tp']} does not divide the {shape.kv_heads} heads of keys of {shape.name}",
+            f"hardware.tp={ask.tp} does not divide the {shape.kv_heads} heads of keys of {shape.name}",
             why="each device would need a part of a head, and fetch the rest in every layer",
-            fix=f"set it to a divisor of {shape.kv_heads}, and hardware.mesh.fsdp to what is left",
+            fix=f"set it to a divisor of {shape.kv_heads}",
         )
-    return axes or {"fsdp": int(wanted)}, "the recipe asks for it" if axes else "every weight in as many parts, the rows divided as well"
+    axes = {axis: size for axis in AXES if (size := {**fixed, "fsdp": wanted // others}[axis]) > 1}
+    return axes or {"fsdp": 1}, "the recipe asks for it" if said or others > 1 or ask.fsdp != "auto" else "all that are here"
+
+
+def _number(asked: int | str) -> int:
+    return asked if isinstance(asked, int) else 1
 
 
 def format_mesh(mesh: Mapping[str, int]) -> str:

@@ -160,15 +160,6 @@ class EvalSpec(_Part):
     prompts: Strings = Field(default=(), description="Your own prompts, answered before and after.")
 
 
-class MeshAsk(_Part):
-    """How the devices of a TPU share the work: so many along each axis."""
-
-    dcn: int = Field(default=1, gt=0, description="Slices, or pods, that are connected by the slower network: each has a copy.")
-    dp: int = Field(default=1, gt=0, description="Copies of the model, each with its share of the rows.")
-    fsdp: int = Field(default=1, gt=0, description="Parts of every weight, gathered where they are used; each has its share of the rows.")
-    tp: int = Field(default=1, gt=0, description="Parts of every product (tensor parallel). Divides the heads of keys.")
-
-
 class HardwareAsk(_Part):
     """Where to run. What is not said here, the environment may say; see hardware/settings.py."""
 
@@ -177,7 +168,13 @@ class HardwareAsk(_Part):
     devices: Annotated[int, Field(gt=0)] | Literal["auto", "all"] = Field(
         default="auto", description="How many train together. auto: all chips of a TPU, and one of any other kind."
     )
-    mesh: MeshAsk | None = Field(default=None, description="How the devices of a TPU are arranged. Default: fsdp over all of them.")
+    dcn: int = Field(default=1, gt=0, description="Slices of a TPU (pods), connected by the slower network: each has a copy of the model.")
+    dp: int = Field(default=1, gt=0, description="Copies of the model on a TPU, each with its share of the rows.")
+    fsdp: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Parts of every weight on a TPU, each with its share of the rows. auto: the devices that dcn, dp and tp leave.",
+    )
+    tp: int = Field(default=1, gt=0, description="Parts of every product on a TPU (tensor parallel). Divides the heads of keys.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads. Default: all cores this process may use.")
     checkpointing: Literal["auto", "off", "cheap", "on", "tiled", "offload"] = Field(
         default="auto",
