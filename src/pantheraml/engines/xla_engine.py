@@ -63,11 +63,9 @@ class XlaEngine:
         rows = tuple(axis for axis in ("dcn", "dp", "fsdp") if axis in self._mesh.shape)
         self._rows = int(np.prod([self._mesh.shape[axis] for axis in rows]))
         self._batch_sharding = self._sharding(None, rows)
-        self._rows_sharding = activations = self._sharding(rows)
-        several = self._mesh.size > 1
-        self.traced = TracedModel(
-            model, loss, plan.levels, pin=lambda x: jax.lax.with_sharding_constraint(x, activations) if several else x
-        )
+        self._rows_sharding = self._sharding(rows)
+        heads = self._sharding(rows, "tp" if "tp" in self._mesh.shape else None)
+        self.traced = TracedModel(model, loss, plan.levels, pin=self._pinned(self._rows_sharding), pin_heads=self._pinned(heads))
         self._slots = {slot.name: slot for slot in self.traced.slots}
         self._trained = {name: slot for name, slot in self._slots.items() if slot.trains}
         if optim is not None and not self._trained:
@@ -93,6 +91,9 @@ class XlaEngine:
 
     def _sharding(self, *axes: Any) -> NamedSharding:
         return NamedSharding(self._mesh, PartitionSpec(*axes))
+
+    def _pinned(self, sharding: NamedSharding) -> Callable[[Any], Any]:
+        return lambda x: jax.lax.with_sharding_constraint(x, sharding) if self._mesh.size > 1 else x
 
     def _sharding_of(self, slot: Slot) -> NamedSharding:
         spec = spec_of(slot.members[0], slot.shape, self._mesh.shape)

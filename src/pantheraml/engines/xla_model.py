@@ -77,14 +77,23 @@ class TracedModel:
         model: any causal language model of transformers, adapted or not; it is left as it is.
         loss: of a training method.
         levels: what each layer keeps for backward: keep, cheap (results of products), all (the input alone).
-        pin: what layers hand on goes through it, to stay spread over the devices as it is.
+        pin: what layers hand on [B, T, D] goes through it, to stay spread over the devices as it is.
+        pin_heads: the same for queries, keys and values [B, H, T, W].
     """
 
-    def __init__(self, model: Any, loss: LossFn, levels: Levels | None = None, *, pin: Callable[[Any], Any] = lambda x: x) -> None:
+    def __init__(
+        self,
+        model: Any,
+        loss: LossFn,
+        levels: Levels | None = None,
+        *,
+        pin: Callable[[Any], Any] = lambda x: x,
+        pin_heads: Callable[[Any], Any] = lambda x: x,
+    ) -> None:
         _register_attention()
         self._env = Environment()
         self._env.override_op_definition(linear_cross_entropy, self._cross_entropy)
-        self._model, self.pin = model, pin
+        self._model, self.pin, self.pin_heads = model, pin, pin_heads
         self._call, self._read = _Call(model, loss), _Call(model, self._last_logits)
         self._causal = causal_model(model)
         self._places = _places_of(model, self._causal)
@@ -481,7 +490,7 @@ def _attention(
         raise NotImplementedError(f"{type(module).__name__} asks for {what}, which attention on XLA does not have")
     traced = _tracing[-1]
     step = traced.now
-    q, k, v, sinks = traced.array((query, key, value, s_aux))
+    q, k, v = (traced.pin_heads(each) for each in traced.array((query, key, value)))
     if step.before is None:
         seen = seen_in_rows(step.positions_BT, sliding_window)
     else:
@@ -489,7 +498,7 @@ def _attention(
         seen = seen_in_cache(step.positions_BT, k.shape[2], sliding_window)
     step.after = (k, v)
     scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
-    return traced.tensor(attend(q, k, v, seen, scale=scale, softcap=softcap, sinks_H=sinks)), None
+    return traced.tensor(attend(q, k, v, seen, scale=scale, softcap=softcap, sinks_H=traced.array(s_aux))), None
 
 
 def _with_token(cache_BKSW: Any, new_BK1W: Any, positions_B1: Any) -> Any:

@@ -249,7 +249,14 @@ class XlaBackend:
             _add_one(device)
 
     def memory(self, index: int) -> MemoryUse:
-        """What JAX tells in this process. Until the process has started JAX nothing is known: to ask would take the TPU."""
+        """What JAX tells in this process; of a simulated TPU, the process's own memory.
+
+        Until the process has started JAX nothing is known: to ask would take the TPU.
+        """
+        if self._simulate:
+            from pantheraml.hardware.cpu import CpuBackend
+
+            return CpuBackend().memory(0)
         opened = self._opened()
         stats = (opened[index].memory_stats() if opened else None) or {}
         total, used = stats.get("bytes_limit"), stats.get("bytes_in_use")
@@ -262,7 +269,11 @@ class XlaBackend:
         )
 
     def reset_peak(self, index: int) -> None:
-        """Nothing: JAX keeps one peak for the whole process."""
+        """Nothing: JAX keeps one peak for the whole process. Of a simulated TPU, that of the process."""
+        if self._simulate:
+            from pantheraml.hardware.cpu import CpuBackend
+
+            CpuBackend().reset_peak(0)
 
     def empty_cache(self) -> None:
         """Nothing: XLA gives a buffer back when its array goes."""

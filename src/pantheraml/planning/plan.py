@@ -158,7 +158,11 @@ def make_plan(
     max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
     packing, reasons["packing"] = choose_packing(recipe, shape)
     row_tokens, reasons["row_tokens"] = choose_row_tokens(
-        max_tokens, longest_example, packing, None if recipe.batch.micro_tokens == "auto" else recipe.batch.micro_tokens
+        max_tokens,
+        longest_example,
+        packing,
+        None if recipe.batch.micro_tokens == "auto" else recipe.batch.micro_tokens,
+        static=KINDS[device.kind].family == "tpu",
     )
     check_micro_tokens(recipe, row_tokens[-1])
 

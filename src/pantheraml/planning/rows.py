@@ -45,15 +45,23 @@ def choose_packing(recipe: Recipe, shape: ModelShape) -> tuple[bool, str]:
 
 
 def choose_row_tokens(
-    max_tokens: int, longest_example: int | None, packing: bool, at_once: int | None = None
+    max_tokens: int, longest_example: int | None, packing: bool, at_once: int | None = None, *, static: bool = False
 ) -> tuple[tuple[int, ...], str]:
-    """The static row lengths, rising, and why. at_once: tokens that the recipe wants to be taken at once."""
+    """The static row lengths, rising, and why.
+
+    Args:
+        at_once: tokens that the recipe wants to be taken at once. static: each length costs a compilation.
+    """
     if at_once is not None and longest_example is not None:
         max_tokens = min(max_tokens, max(at_once, longest_example))
     if longest_example is None:
         return row_lengths(max_tokens), "a few fixed lengths up to max_tokens, so that few shapes are compiled"
     if packing:
         lengths = row_lengths(max_tokens, longest_example * PACKED_ROW_EXAMPLES)
+        if static:
+            return lengths[
+                -1:
+            ], f"room for several of the longest examples ({longest_example} tokens); one length, so that a step is compiled once"
         return lengths, f"room for several of the longest examples ({longest_example} tokens), up to max_tokens"
     return row_lengths(
         max_tokens, longest_example
