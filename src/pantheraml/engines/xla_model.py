@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import Mesh
 from torch import Tensor, nn
 from torchax import device_module
 from torchax.tensor import Environment
 
 from pantheraml.engines.engine import LossFn, RowTensors
+from pantheraml.engines.xla_attention import attend, flash, flash_fits, seen_in_cache, seen_in_rows, segments_of
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.head import causal_model, output_head
 from pantheraml.planning.levels import Levels
@@ -38,7 +40,7 @@ ATTENTION = "pantheraml_xla"
 EXPERTS = "batched_mm"
 """Transformers' name for the experts of a mixture as one product; their grouped product has no counterpart in XLA."""
 Arrays = dict[str, Any]
-"""Name of a `Slot` -> array."""
+"""Name of a `Slot` -> array; of one in eight bits -> (int8 [.., O, I], scale [.., O, 1])."""
 Cache = tuple[Any, Any]
 """Keys and values of a layer, [B, K, S, W] each, of which token p of a row is at place p; of G layers, [G, B, K, S, W]."""
 Caches = list[tuple[Cache, ...]]
@@ -79,6 +81,7 @@ class TracedModel:
         levels: what each layer keeps for backward: keep, cheap (results of products), all (the input alone).
         pin: what layers hand on [B, T, D] goes through it, to stay spread over the devices as it is.
         pin_heads: the same for queries, keys and values [B, H, T, W].
+        flash_mesh: the devices, where they are TPUs: attention is then the kernel that never holds the scores of a row.
     """
 
     def __init__(
@@ -89,11 +92,12 @@ class TracedModel:
         *,
         pin: Callable[[Any], Any] = lambda x: x,
         pin_heads: Callable[[Any], Any] = lambda x: x,
+        flash_mesh: Mesh | None = None,
     ) -> None:
         _register_attention()
         self._env = Environment()
         self._env.override_op_definition(linear_cross_entropy, self._cross_entropy)
-        self._model, self.pin, self.pin_heads = model, pin, pin_heads
+        self._model, self.pin, self.pin_heads, self.flash_mesh = model, pin, pin_heads, flash_mesh
         self._call, self._read = _Call(model, loss), _Call(model, self._last_logits)
         self._causal = causal_model(model)
         self._places = _places_of(model, self._causal)
@@ -104,7 +108,7 @@ class TracedModel:
         """The sum of the losses of a micro-batch, a float32 scalar of JAX. key: for dropout."""
         with self._passing(_Pass(positions_BT), key, train), self._looped(arrays) as plain:
             ids, positions, labels = self.tensor((ids_BT, positions_BT, labels_BT))
-            return self.array(torch.func.functional_call(self._call, self.tensor(plain), (RowTensors(ids, positions, labels),)))
+            return self.array(torch.func.functional_call(self._call, self.tensor(whole(plain)), (RowTensors(ids, positions, labels),)))
 
     def logits(self, arrays: Arrays, ids_BT: Any, positions_BT: Any, at_B: Any, caches: Caches | None) -> tuple[Any, Caches]:
         """The logits [B, V] behind token `at` of each row, float32, and the keys and values of all that was read so far.
@@ -116,7 +120,7 @@ class TracedModel:
         step = _Pass(positions_BT, caching=True, given=caches)
         with self._passing(step, jax.random.key(0), False), self._looped(arrays) as plain:
             ids, positions = self.tensor((ids_BT, positions_BT))
-            out = self.array(torch.func.functional_call(self._read, self.tensor(plain), (ids, positions, self.tensor(at_B))))
+            out = self.array(torch.func.functional_call(self._read, self.tensor(whole(plain)), (ids, positions, self.tensor(at_B))))
         return out.astype(jnp.float32), step.left
 
     def _last_logits(self, model: Any, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
@@ -407,7 +411,7 @@ class _Period:
         args, kwargs = self._calls[i]
         step = self._traced.now
         step.before, step.after = cache, None
-        out = torch.func.functional_call(self._layers[i], self._traced.tensor(arrays), (self._traced.tensor(x), *args), kwargs)
+        out = torch.func.functional_call(self._layers[i], self._traced.tensor(whole(arrays)), (self._traced.tensor(x), *args), kwargs)
         self._in_tuple = isinstance(out, tuple)
         return self._traced.array(out[0] if self._in_tuple else out), step.after
 
@@ -491,13 +495,16 @@ def _attention(
     traced = _tracing[-1]
     step = traced.now
     q, k, v = (traced.pin_heads(each) for each in traced.array((query, key, value)))
+    scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
+    if traced.flash_mesh is not None and not step.caching and s_aux is None and flash_fits(q):
+        segments = segments_of(step.positions_BT)
+        return traced.tensor(flash(q, k, v, segments, traced.flash_mesh, scale=scale, window=sliding_window, softcap=softcap)), None
     if step.before is None:
         seen = seen_in_rows(step.positions_BT, sliding_window)
     else:
         k, v = (_with_token(cache, new, step.positions_BT) for cache, new in zip(step.before, (k, v), strict=True))
         seen = seen_in_cache(step.positions_BT, k.shape[2], sliding_window)
     step.after = (k, v)
-    scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
     return traced.tensor(attend(q, k, v, seen, scale=scale, softcap=softcap, sinks_H=traced.array(s_aux))), None
 
 
@@ -506,40 +513,6 @@ def _with_token(cache_BKSW: Any, new_BK1W: Any, positions_B1: Any) -> Any:
     return jax.vmap(lambda cache, new, at: jax.lax.dynamic_update_slice(cache, new, (0, at, 0)))(
         cache_BKSW, new_BK1W.astype(cache_BKSW.dtype), positions_B1[:, 0]
     )
-
-
-def seen_in_rows(positions_BT: Any, window: int | None) -> Any:
-    """Which tokens each token sees, bool [B, T, T]: of its own example those up to itself, the last `window` of them."""
-    at = jnp.arange(positions_BT.shape[1])
-    back = at[:, None] - at[None, :]
-    segments_BT = jnp.cumsum(positions_BT == 0, axis=1)
-    seen = (back >= 0) & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return seen if window is None else seen & (back < window)
-
-
-def seen_in_cache(positions_B1: Any, room: int, window: int | None) -> Any:
-    """Which places of a cache the token at a position sees, bool [B, 1, S]."""
-    back = positions_B1[:, :, None] - jnp.arange(room)
-    return back >= 0 if window is None else (back >= 0) & (back < window)
-
-
-def attend(q_BHTW: Any, k_BKSW: Any, v_BKSW: Any, seen_BTS: Any, *, scale: float, softcap: float | None, sinks_H: Any) -> Any:
-    """softmax(scale * q k) v over what is seen, [B, T, H, W]; scores and sums in float32.
-
-    sinks_H: a score of each head that takes part in the sum and gives nothing (GPT-OSS); None: there is none.
-    """
-    rows, heads, tokens, width = q_BHTW.shape
-    grouped = q_BHTW.reshape(rows, k_BKSW.shape[1], -1, tokens, width)
-    scores = scale * jnp.einsum("bkgtw,bksw->bkgts", grouped, k_BKSW, preferred_element_type=jnp.float32)
-    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
-    if sinks_H is None:
-        weights = jax.nn.softmax(scores, -1)
-    else:
-        sinks = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, k_BKSW.shape[1], -1, 1, 1), (*scores.shape[:-1], 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, sinks], -1), -1)[..., :-1]
-    out = jnp.einsum("bkgts,bksw->btkgw", weights.astype(v_BKSW.dtype), v_BKSW, preferred_element_type=jnp.float32)
-    return out.reshape(rows, tokens, heads, -1).astype(q_BHTW.dtype)
 
 
 # ---- Tensors and arrays ---------------------------------------------------------------------------------------------
@@ -557,6 +530,11 @@ def to_torch(array: Any) -> Tensor:
     if host.dtype == jnp.bfloat16:
         return torch.from_numpy(np.array(host.view(np.int16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(host))
+
+
+def whole(arrays: Arrays) -> Arrays:
+    """With matrices in eight bits as products."""
+    return {name: value[0].astype(value[1].dtype) * value[1] if isinstance(value, tuple) else value for name, value in arrays.items()}
 
 
 def used(arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], Any]) -> set[str]:
