@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -75,9 +75,26 @@ def resume(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def plan(words: Words, as_json: AsJson = False) -> None:
+def plan(
+    words: Words,
+    device: Annotated[
+        str | None, typer.Option(metavar="SLICE", help="A TPU slice that is not here (v5e-8, v5p-4x4x4, 2*v6e-8): compile a step for it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print what a run would do, and why, before any weight is loaded."""
-    _print_plan(_recipe(words), as_json)
+    if device is None:
+        return _print_plan(_recipe(words), as_json)
+    recipe = _recipe(words)
+    # libtpu looks for a TPU's metadata server otherwise, and talks to standard error.
+    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"})
+    with _working():
+        from pantheraml.trainer.ahead import plan_ahead
+
+        found = plan_ahead(recipe, device)
+    if as_json:
+        return _print_json(found.to_dict())
+    _print_lines(found.lines())
 
 
 @app.command()
@@ -439,11 +456,16 @@ def _print_plan(recipe: Recipe, as_json: bool) -> None:
         made = survey(recipe, console=None if as_json else _err()).plan
     if as_json:
         return _print_json(made.to_dict())
+    _print_lines(made.lines())
+
+
+def _print_lines(lines: Sequence[tuple[str, str, str]]) -> None:
+    """(choice, value, reason) as a table."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table("choice", "value", "why", box=None, pad_edge=False)
-    for choice, value, reason in made.lines():
+    for choice, value, reason in lines:
         table.add_row(choice, Text(value), Text(reason))
     _out().print(table)
 

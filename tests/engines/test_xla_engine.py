@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.engines.engine import Engine
 from pantheraml.engines.torch_engine import TorchEngine
-from pantheraml.engines.xla_engine import XlaEngine
+from pantheraml.engines.xla_engine import XlaEngine, collectives
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.cpu import CpuBackend
 from pantheraml.models.adapters import attach
@@ -165,13 +164,6 @@ def test_dropout_differs_from_step_to_step_and_comes_again(model_of: Callable[..
 
 # ---- Several devices -------------------------------------------------------------------------------------------------
 
-_COLLECTIVE = re.compile(r"[)\]}] (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-
-
-def collectives(engine: XlaEngine) -> Counter[str]:
-    """Of the compiled function that adds up gradients, by kind."""
-    return Counter(_COLLECTIVE.findall(engine.hlo("gradients")))
-
 
 def share(engine: XlaEngine) -> float:
     """Of all bytes of weights and moments, those that the first device holds."""
@@ -204,7 +196,7 @@ def test_a_mesh_of_eight_takes_the_steps_of_one(
     assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < 1e-5
     assert furthest(alone.state_dict(), several.state_dict()) < 1e-4
     assert share(several) <= most_held
-    counted = collectives(several)
+    counted = Counter(collectives(several.hlo("gradients")))
     assert counted["all-reduce"] > 0
     if "fsdp" not in axes:  # copies hold what they need
         assert counted["all-gather"] == 0

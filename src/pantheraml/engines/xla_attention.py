@@ -85,10 +85,11 @@ def flash(
     tokens, group = q_BHTW.shape[2], q_BHTW.shape[1] // k_BKTW.shape[1]
     seen = masks.CausalMask((tokens, tokens)) if window is None else masks.LocalMask((tokens, tokens), (window - 1, 0), 0)
     size = next(n for n in (BLOCK_TOKENS, 256, LANES) if tokens % n == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    parts = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{part}": size for part in parts}
     kernel: Any = splash.make_splash_mqa(
         mask=masks.MultiHeadMask([seen] * group),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
+        block_sizes=splash.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,

@@ -7,8 +7,12 @@ one updates the weights. How many micro-batches a step has is an argument, not a
 from __future__ import annotations
 
 import functools
+import math
+import re
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,6 +28,7 @@ from pantheraml.engines.xla_model import Arrays, Slot, TracedModel, to_numpy, to
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.generate import BATCH_ROWS, stop_tokens
+from pantheraml.models.head import causal_model
 from pantheraml.models.load import carries_state
 from pantheraml.planning.levels import format_levels, lower, rungs
 from pantheraml.planning.plan import Plan
@@ -31,6 +36,32 @@ from pantheraml.planning.sharding import spec_of
 from pantheraml.recipe.types import OptimSpec
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What XLA tells of a function that it compiled, for each device.
+
+    Attributes:
+        phase: "gradients" or "update".
+        arguments_bytes, results_bytes: what goes in; and what comes out and is not in the place of an argument.
+        temporary_bytes: what is needed in between.
+        waiting_bytes: what is on the device meanwhile and takes no part.
+        collectives: how often its text has an exchange between devices, by kind; those in a loop count once.
+    """
+
+    phase: str
+    arguments_bytes: int
+    results_bytes: int
+    temporary_bytes: int
+    waiting_bytes: int
+    collectives: dict[str, int]
+    compile_s: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """All that is on a device at once."""
+        return self.arguments_bytes + self.results_bytes + self.temporary_bytes + self.waiting_bytes
 
 
 class XlaEngine:
@@ -65,13 +96,18 @@ class XlaEngine:
         self._batch_sharding = self._sharding(None, rows)
         self._rows_sharding = self._sharding(rows)
         heads = self._sharding(rows, "tp" if "tp" in self._mesh.shape else None)
-        self.traced = TracedModel(model, loss, plan.levels, pin=self._pinned(self._rows_sharding), pin_heads=self._pinned(heads))
+        flash = self._mesh if self._mesh.devices.flat[0].platform == "tpu" else None
+        self.traced = TracedModel(
+            model, loss, plan.levels, pin=self._pinned(self._rows_sharding), pin_heads=self._pinned(heads), flash_mesh=flash
+        )
         self._slots = {slot.name: slot for slot in self.traced.slots}
         self._trained = {name: slot for name, slot in self._slots.items() if slot.trains}
         if optim is not None and not self._trained:
             raise ValueError("no parameter of the model trains")
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        arrays = {name: self._placed(slot, [tensors[member] for member in slot.members]) for name, slot in self._slots.items()}
+        self._ahead = any(tensor.is_meta for tensor in tensors.values())
+        self._eighths = frozenset(_in_eight_bits(model, self._slots) if plan.quantizer == "int8" else ())
+        arrays = {name: self._stored(slot, [tensors[member] for member in slot.members]) for name, slot in self._slots.items()}
         self._weights: Arrays = {name: arrays.pop(name) for name in self._trained}
         self._frozen: Arrays = arrays
         self._functions: dict[str, Any] = {}
@@ -99,9 +135,29 @@ class XlaEngine:
         spec = spec_of(slot.members[0], slot.shape, self._mesh.shape)
         return self._sharding(*(((None,) if slot.stacked else ()) + spec))
 
-    def _placed(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> jax.Array:
-        """The array of a slot: each device gets its part of it, and no more is made on the host."""
-        dtype = jnp.float32 if slot.trains else None
+    def _shardings_of(self, name: str) -> Any:
+        """Of what is stored for a slot."""
+        slot = self._slots[name]
+        sharding = self._sharding_of(slot)
+        if name not in self._eighths:
+            return sharding
+        return sharding, self._sharding(*sharding.spec[:-1], None)
+
+    def _stored(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> Any:
+        """What stays on the devices for a slot: its array, or whole numbers in eight bits and the scale of each output."""
+        if slot.name not in self._eighths:
+            return self._placed(slot, tensors)
+        placed, shardings = self._placed(slot, tensors), self._shardings_of(slot.name)
+        if self._ahead:
+            scale = jax.ShapeDtypeStruct((*placed.shape[:-1], 1), placed.dtype, sharding=shardings[1])
+            return jax.ShapeDtypeStruct(placed.shape, jnp.int8, sharding=shardings[0]), scale
+        return jax.jit(_to_eight_bits, out_shardings=shardings, donate_argnums=0)(placed)
+
+    def _placed(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> Any:
+        """The array of a slot: each device gets its part of it, and no more is made on the host. Without values: its shape."""
+        dtype = jnp.dtype("float32" if slot.trains else str(slot.dtype).removeprefix("torch."))
+        if self._ahead:
+            return jax.ShapeDtypeStruct(slot.array_shape, dtype, sharding=self._sharding_of(slot))
 
         def part(index: Any) -> np.ndarray:
             if not slot.stacked:
@@ -110,14 +166,18 @@ class XlaEngine:
 
         return jax.make_array_from_callback(slot.array_shape, self._sharding_of(slot), part)
 
-    def _everywhere(self, value: np.ndarray) -> jax.Array:
+    def _everywhere(self, value: np.ndarray) -> Any:
         return self._from_host(value, self._sharding())
 
-    def _from_host(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    def _from_host(self, value: np.ndarray, sharding: NamedSharding) -> Any:
+        if self._ahead:
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     def _zeros(self) -> Arrays:
         """Like the weights that train."""
+        if self._ahead:
+            return {name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=each.sharding) for name, each in self._weights.items()}
         zeros: Arrays = self._run("zeros", ())
         return zeros
 
@@ -183,10 +243,17 @@ class XlaEngine:
 
     def _run(self, phase: str, shape: tuple[int, ...], *args: Any) -> Any:
         """What the compiled function of a phase, for micro-batches of a shape, gives for these arguments."""
+        name, function = self._function(phase, shape)
+        if name not in self._called:
+            self._called[name] = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(np.shape(arg), jnp.result_type(arg)), args)
+        return function(*args)
+
+    def _function(self, phase: str, shape: tuple[int, ...]) -> tuple[str, Any]:
+        """Its name, and the function that is compiled when it is called first."""
         name = phase + "".join(f" {'x'.join(map(str, shape))}" if shape else "")
         if name not in self._functions:
             trained = {each: self._sharding_of(slot) for each, slot in self._trained.items()}
-            frozen = {each: self._sharding_of(slot) for each, slot in self._slots.items() if not slot.trains}
+            frozen = {each: self._shardings_of(each) for each, slot in self._slots.items() if not slot.trains}
             one, batches = self._sharding(), (self._batch_sharding,) * 3
             moments = dict.fromkeys(_MOMENTS, trained)
             how: dict[str, Any] = {
@@ -222,8 +289,40 @@ class XlaEngine:
 
             counted.__name__ = name.replace(" ", "_")
             self._functions[name] = jax.jit(counted, **how)
-            self._called[name] = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(np.shape(arg), jnp.result_type(arg)), args)
-        return self._functions[name](*args)
+        return name, self._functions[name]
+
+    def compile_ahead(self, rows: int, tokens: int) -> tuple[Compiled, ...]:
+        """What XLA makes of the two parts of a step for this mesh, whose devices need not be here; nothing is computed.
+
+        Args:
+            rows, tokens: of a micro-batch.
+        Raises: JAX's RuntimeError if it does not fit.
+        """
+        batches = tuple(self._from_host(np.empty((1, rows, tokens), np.int32), self._batch_sharding) for _ in range(3))
+        number, count = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((), np.int32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        zeros, total = self._zeros(), self._everywhere(np.zeros((), np.float32))
+        phases = {
+            "gradients": ((rows, tokens), (self._weights, self._frozen, zeros, total, batches, count, number, key), self._moments),
+            "update": ((), (self._weights, self._moments, self._done, self._halted, zeros, total, number, number), self._frozen),
+        }
+        return tuple(self._compile_ahead(phase, *about) for phase, about in phases.items())
+
+    def _compile_ahead(self, phase: str, shape: tuple[int, ...], args: tuple[Any, ...], beside: Any) -> Compiled:
+        """beside: arrays that wait on the devices meanwhile."""
+        start = time.perf_counter()
+        compiled: Any = self._function(phase, shape)[1].lower(*args).compile()
+        memory = compiled.memory_analysis()
+        waiting = sum(math.prod(each.sharding.shard_shape(each.shape)) * each.dtype.itemsize for each in jax.tree.leaves(beside))
+        return Compiled(
+            phase=phase,
+            arguments_bytes=memory.argument_size_in_bytes,
+            results_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
+            waiting_bytes=waiting,
+            collectives=collectives(compiled.as_text()),
+            compile_s=time.perf_counter() - start,
+        )
 
     def hlo(self, phase: str) -> str:
         """What XLA made of the first function of a phase that was called; it is compiled once more."""
@@ -426,3 +525,30 @@ class XlaEngine:
 def _power_of_two(number: int) -> int:
     """The smallest one that is not smaller."""
     return 1 << (number - 1).bit_length()
+
+
+def _to_eight_bits(weight: Any) -> tuple[Any, Any]:
+    """Whole numbers from -127 to 127 and the scale of each output, so that their product is about the weight [.., O, I]."""
+    scale = jnp.maximum(jnp.abs(weight).max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny).astype(jnp.float32) / 127
+    return jnp.round(weight.astype(jnp.float32) / scale).astype(jnp.int8), scale.astype(weight.dtype)
+
+
+def _in_eight_bits(model: Any, slots: Mapping[str, Slot]) -> Iterator[str]:
+    """Slots of frozen matrices of linear layers, but the output head and adapters."""
+    head = causal_model(model).get_output_embeddings()
+    matrices = {
+        f"{name}.weight"
+        for name, part in model.named_modules()
+        if type(part) is torch.nn.Linear and part is not head and ".lora_" not in name
+    }
+    for name, slot in slots.items():
+        if not slot.trains and slot.members[0] in matrices:
+            yield name
+
+
+_COLLECTIVE = re.compile(r"[)\]}] (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def collectives(text: str) -> dict[str, int]:
+    """How often XLA's text has an exchange between devices, by kind."""
+    return dict(Counter(_COLLECTIVE.findall(text)))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Seen
 
 _PCI_VENDOR = "0x1ae0"  # Google
@@ -79,3 +83,68 @@ def _numbers(bounds: str | None) -> tuple[int, ...]:
     """2,4,1 of a variable; nothing if it is not that."""
     words = bounds.split(",") if bounds else []
     return tuple(int(word) for word in words) if all(word.strip().isdecimal() for word in words) else ()
+
+
+# ---- Slices by name --------------------------------------------------------------------------------------------------
+
+FLAT = ("v2", "v3", "v5e", "v6e")
+"""Generations whose slices have two axes; the others have three."""
+_NAMED_BY_CORE = ("v2", "v3", "v4", "v5p")
+"""Generations whose slices are named by TensorCores, two a chip: a v5p-8 has four chips."""
+_SHAPES = {
+    2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"},
+}
+"""Axes -> chips -> topology, as Google rents them (cloud.google.com/tpu/docs, 2026-11)."""
+_WORD = re.compile(r"(?:(\d+)\*)?(v\d+[a-z]*|tpu7x)[-:](\d+(?:x\d+)*)")
+
+
+@dataclass(frozen=True, slots=True)
+class TpuSlice:
+    """Chips of one kind that are connected; or several such slices over a slower network.
+
+    Attributes:
+        generation: "v5e". topology: chips along each axis of a slice, "2x4". slices: how many.
+    """
+
+    generation: str
+    topology: str
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """In all."""
+        return self.slices * math.prod(map(int, self.topology.split("x")))
+
+    def __str__(self) -> str:
+        return (f"{self.slices}*" if self.slices > 1 else "") + f"{self.generation}-{self.topology}"
+
+
+def parse_slice(word: str) -> TpuSlice:
+    """A slice as Google names it (v5e-8, v5litepod-8, v5p-128, which counts cores), by topology (v5p-4x4x4), or several (2*v5e-8).
+
+    Raises: DeviceError if there is none of that name.
+    """
+    found = _WORD.fullmatch(word.strip().lower().replace("v5litepod", "v5e").replace(" ", ""))
+    if found is None:
+        raise DeviceError(
+            f"{word!r} is no name of a TPU slice",
+            why="a name is a generation and a number of chips (v5e-8, v6e-16), or a topology (v5p-4x4x4); several slices are 2*v5e-8",
+            fix="name it like one of these",
+        )
+    slices, generation, size = int(found[1] or 1), found[2], found[3]
+    axes = 2 if generation in FLAT else 3
+    if "x" in size:
+        if len(size.split("x")) != axes:
+            raise DeviceError(f"{word}: a slice of {generation} has {axes} axes", why=f"it was given as {size}", fix=f"give {axes} numbers")
+        return TpuSlice(generation, size, slices)
+    chips = int(size) // (2 if generation in _NAMED_BY_CORE else 1)
+    if chips not in _SHAPES[axes]:
+        known = ", ".join(f"{generation}-{n * (2 if generation in _NAMED_BY_CORE else 1)}" for n in _SHAPES[axes])
+        raise DeviceError(f"there is no slice {word}", why="Google rents other sizes", fix=f"choose from {known}")
+    return TpuSlice(generation, _SHAPES[axes][chips], slices)
+
+
+def larger_slices(generation: str) -> tuple[TpuSlice, ...]:
+    """The slices of a generation, rising."""
+    return tuple(TpuSlice(generation, shape) for shape in _SHAPES[2 if generation in FLAT else 3].values())

@@ -24,7 +24,7 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.device import Absent, Device
-from pantheraml.hardware.tpu import TpuEnvironment, device_files, seen_on_pci, shape_of
+from pantheraml.hardware.tpu import FLAT, TpuEnvironment, TpuSlice, device_files, seen_on_pci, shape_of
 from pantheraml.recipe.kinds import Kind
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _INSTALL = 'pip install "pantheraml[tpu]", which brings jax[tpu] with libtpu'
 _ATTACH = "run this on a machine with a TPU (Google Cloud, or a TPU runtime on Colab or Kaggle)"
 _ANSWER_WITHIN_S = 120  # JAX itself begins to warn after 60
 _PROBE_SIZE = 256
-_FLAT = ("v2", "v3", "v5e", "v6e")  # their slices have two axes, the others three
 
 
 class Core(BaseModel):
@@ -75,7 +74,7 @@ class XlaBackend:
     collective = None
     static_shapes = True
     attention = ("sdpa", "eager")
-    quantizers = ()
+    quantizers = ("int8",)
     pinned_memory = False
 
     def __init__(self, *, simulate: bool = False, environment: TpuEnvironment | None = None, root: Path = Path("/")) -> None:
@@ -111,7 +110,7 @@ class XlaBackend:
         if cores is None and entry is not None and entry.cores is not None:
             cores = entry.cores // per_chip
         generation = entry.name.partition("TPU")[2].split()[0] if entry else None  # "v6e" of "Google TPU v6e (Trillium)"
-        flat = generation in _FLAT
+        flat = generation in FLAT
         return Device(
             kind="tpu",
             index=index,
@@ -303,6 +302,35 @@ class XlaBackend:
             return jax.local_devices(backend=self._platform)
         except RuntimeError:
             return []
+
+
+def mesh_of_slice(tpu: TpuSlice, axes: Mapping[str, int]) -> Any:
+    """A mesh of devices that are not here, for which programs can be compiled, by libtpu; JAX itself runs on the CPU.
+
+    Raises: DeviceError if libtpu is not installed, does not know such a slice, or the axes have another number of devices.
+    """
+    import jax
+
+    if not _installed("libtpu"):
+        raise DeviceError("libtpu is not installed", why="it is the compiler of TPUs, with or without one", fix=_INSTALL)
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    more: dict[str, Any] = {"num_slices": tpu.slices} if tpu.slices > 1 else {}
+    if tpu.chips == 1:
+        more["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{tpu.generation}:{tpu.topology}", **more)
+    except RuntimeError as error:
+        raise DeviceError(f"libtpu knows no slice {tpu}", why=str(error).strip().splitlines()[0], fix="name another one") from error
+    devices = sorted(found.devices, key=lambda device: getattr(device, "slice_index", 0))
+    if len(devices) != math.prod(axes.values()):
+        raise DeviceError(
+            f"{tpu} has {len(devices)} devices, and {math.prod(axes.values())} are planned",
+            why="each core of a chip is one on v2, v3 and 7x",
+            fix="say how many with hardware.devices",
+        )
+    return jax.sharding.Mesh(numpy.array(devices).reshape(tuple(axes.values())), tuple(axes))
 
 
 def duty_cycle(data: list[str], index: int, devices: int) -> float | None:

@@ -44,7 +44,7 @@ def read_shape(spec: ModelSpec) -> ModelShape:
 
     Raises: RecipeError if there is no such model, or it is not a causal language model.
     """
-    return shape_of(_empty(spec, read_config(spec)), spec.name)
+    return shape_of(empty_model(spec, read_config(spec)), spec.name)
 
 
 def shape_of(model: Any, name: str) -> ModelShape:
@@ -192,8 +192,8 @@ def _where(spec: ModelSpec) -> dict[str, Any]:
     return {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
 
 
-def _empty(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
-    """The modules of the model, without weights."""
+def empty_model(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
+    """The modules of the model on torch's meta device: without weights. Raises: RecipeError if there is no such model."""
     import torch
     from transformers import AutoModelForCausalLM
 

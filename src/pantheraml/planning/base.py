@@ -81,11 +81,12 @@ def base_reason(quantizer: str | None, lora: bool) -> str:
     return "frozen, so the dtype of the arithmetic is enough" if lora else "every weight trains: small updates need float32"
 
 
-def base_bytes_each(shape: ModelShape, base_dtype: Dtype, quantizer: str | None) -> float:
-    """Bytes of a frozen weight, embeddings and head included."""
+def base_bytes_each(shape: ModelShape, base_dtype: Dtype, quantizer: str | None, *, both_ways: bool = True) -> float:
+    """Bytes of a frozen weight, embeddings and head included. both_ways: eight bits are kept once for each direction of the product."""
     if quantizer is None:
         return BYTES_EACH[base_dtype]
     linears = sum(n_in * n_out for n_in, n_out in shape.linears)  # embeddings and norms stay as they are
     return (
-        linears * (_NF4_BYTES_EACH if quantizer == "nf4" else _EIGHT_BIT_BYTES_EACH) + (shape.parameters - linears) * BYTES_EACH[base_dtype]
+        linears * (_NF4_BYTES_EACH if quantizer == "nf4" else _EIGHT_BIT_BYTES_EACH if both_ways else 1)
+        + (shape.parameters - linears) * BYTES_EACH[base_dtype]
     ) / shape.parameters

@@ -198,10 +198,10 @@ def make_plan(
         row_tokens=min(row_tokens[-1], math.ceil(mean_tokens)) if fused(recipe, shape, device) else row_tokens[-1],
         levels=micro.levels,
         lora_rank=rank,
-        peak_flops=device.peak_flops if dtype == device.dtypes[0] else None,
+        peak_flops=world_size * device.peak_flops if device.peak_flops and dtype == device.dtypes[0] else None,
         total_tokens=_total_tokens(recipe, train_tokens, train_rows),
         fused=fused(recipe, shape, device),
-        usd_per_hour=price.usd_per_hour,
+        usd_per_hour=None if price.usd_per_hour is None else world_size * price.usd_per_hour,
     )
     budget = int((device.free_bytes or 0) * HEADROOM)
     graphs, reasons["graphs"] = choose_graphs(
@@ -232,7 +232,7 @@ def make_plan(
     reasons["time"] = (
         "for the whole run, without loading and evaluation" if cost.time_s is not None else "the speed or the data is not known yet"
     )
-    reasons["price"] = price.source if price.usd_per_hour is None else f"${price.usd_per_hour:.2f} an hour ({price.source})"
+    reasons["price"] = price.source if price.usd_per_hour is None else f"${world_size * price.usd_per_hour:.2f} an hour ({price.source})"
 
     return Plan(
         device=device,
@@ -355,7 +355,7 @@ def _memory(
     return estimate_memory(
         shape,
         trainable_parameters=shape.lora_parameters(rank) if rank else shape.parameters,
-        base_bytes_each=base_bytes_each(shape, dtype, asked_quantizer(recipe)) if rank else 4,
+        base_bytes_each=base_bytes_each(shape, dtype, asked_quantizer(recipe), both_ways=KINDS[device.kind].family != "tpu") if rank else 4,
         micro_tokens=micro_tokens,
         row_tokens=row_tokens,
         levels=levels,
