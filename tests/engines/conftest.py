@@ -33,7 +33,7 @@ def small() -> Callable[..., Any]:
         config = tiny_config(
             family, **{"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1, **sizes}
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config).eval()
 

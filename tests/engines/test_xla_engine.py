@@ -18,9 +18,11 @@ from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.engines.engine import Engine
 from pantheraml.engines.torch_engine import TorchEngine
-from pantheraml.engines.xla_engine import XlaEngine, collectives
+from pantheraml.engines.xla_ahead import collectives
+from pantheraml.engines.xla_engine import XlaEngine
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.cpu import CpuBackend
+from pantheraml.hardware.xla_mesh import open_mesh
 from pantheraml.models.adapters import attach
 from pantheraml.models.generate import generate
 from pantheraml.models.tiny import tiny_tokenizer
@@ -205,10 +207,10 @@ def test_a_mesh_of_eight_takes_the_steps_of_one(
 
 
 def test_a_mesh_needs_its_devices(tmp_path: Any) -> None:
-    from pantheraml.hardware.xla import XlaBackend
-
+    before = jax.config.jax_compilation_cache_dir
     with pytest.raises(DeviceError, match="99 devices were asked for"):
-        XlaBackend(simulate=True).mesh({"dp": 99}, tmp_path)
+        open_mesh({"dp": 99}, simulate=True, cache=tmp_path)
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 # ---- Shapes and compilations -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The packages that are here; a test changes it."""
     here = {"jax", "libtpu"}
-    monkeypatch.setattr(xla, "_installed", here.__contains__)
+    monkeypatch.setattr(xla, "installed", here.__contains__)
     return here
 
 

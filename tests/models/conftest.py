@@ -45,7 +45,7 @@ def small() -> Callable[..., Any]:
 
     def made(family: str, *, seed: int = 0, **sizes: Any) -> Any:
         config = tiny_config(family, **{"num_hidden_layers": 2, "initializer_range": 0.1, **TELLING.get(family, {}), **sizes})
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config).eval()
 

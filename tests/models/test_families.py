@@ -48,7 +48,7 @@ def other(family: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ends = {"vocab_size": 263, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **ends, **OTHERS[family])).eval()
 

@@ -205,7 +205,7 @@ def test_planning_imports_no_torch_and_leaves_the_environment_alone() -> None:
         ("cuda", False, "auto", 499, False, "499 steps are few"),
         ("cuda", False, "auto", None, False, "not known"),
         ("cpu", False, "auto", 5000, False, "seldom pays on cpu"),
-        ("tpu", False, "auto", 5000, False, "seldom pays"),
+        ("tpu", False, "auto", 5000, False, "XLA compiles whole steps"),
         ("cpu", True, "on", 1, True, "asks for it; compiling takes about a minute"),
         ("cuda", False, "off", 5000, False, "asks for it"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -14,10 +13,8 @@ from pantheraml.errors import MissingExtra
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.hardware.settings import read_settings
+from pantheraml.hardware.xla_mesh import open_mesh
 from pantheraml.planning.plan import Plan
-
-if TYPE_CHECKING:
-    from pantheraml.hardware.xla import XlaBackend
 
 
 def open_engine(backend: Backend, plan: Plan, recovery: Recovery | None = None, graphs: Graphs | None = None) -> Engine:
@@ -28,9 +25,9 @@ def open_engine(backend: Backend, plan: Plan, recovery: Recovery | None = None, 
         raise MissingExtra("torchax", needed_for=f"training on {plan.device}", install="pantheraml[xla]")
     from pantheraml.engines.xla_engine import XlaEngine
 
-    return XlaEngine(cast("XlaBackend", backend).mesh(plan.mesh, read_settings().cache), recovery)
+    return XlaEngine(open_mesh(plan.mesh, simulate=plan.device.simulated, cache=read_settings().cache), recovery)
 
 
 def loading_device(backend: Backend, index: int) -> torch.device:
     """Where a model is loaded, for an engine to take it over: on its device, or on the host where torch cannot reach that."""
-    return backend.torch_device(index) if backend.engine == "torch" else torch.device("cpu")
+    return backend.torch_device(index) if backend.engine == "torch" else torch.empty(0).device

@@ -11,65 +11,31 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 from jax.sharding import Mesh
 from torch import Tensor, nn
-from torchax import device_module
 from torchax.tensor import Environment
 
 from pantheraml.engines.engine import LossFn, RowTensors
+from pantheraml.engines.xla_arrays import Arrays, Slot, Spread, whole
 from pantheraml.engines.xla_attention import attend, flash, flash_fits, seen_in_cache, seen_in_rows, segments_of
+from pantheraml.engines.xla_layers import Cache, Caches, Member, Period, places_of, star
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.head import causal_model, output_head
 from pantheraml.planning.levels import Levels
 from pantheraml.planning.memory import Level
 
-# torch.random.fork_rng() hands over the index of a device, for which torchax' own function has no argument.
-device_module.get_rng_state = lambda device=0: torch.empty(0, dtype=torch.uint8)
-
 ATTENTION = "pantheraml_xla"
 """The name under which transformers finds `_attention`; a name that it has no mask for, so that none is made."""
 EXPERTS = "batched_mm"
 """Transformers' name for the experts of a mixture as one product; their grouped product has no counterpart in XLA."""
-Arrays = dict[str, Any]
-"""Name of a `Slot` -> array; of one in eight bits -> (int8 [.., O, I], scale [.., O, 1])."""
-Cache = tuple[Any, Any]
-"""Keys and values of a layer, [B, K, S, W] each, of which token p of a row is at place p; of G layers, [G, B, K, S, W]."""
-Caches = list[tuple[Cache, ...]]
-"""For each loop, and for each layer that is in none: the cache of each of its P layers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Tensors of the model that are one array: one tensor, or the same one of G layers, stacked.
-
-    Attributes:
-        name: the tensor's, with `*` where the number of the layer would stand.
-        members: names of the tensors in the model.
-        stacked: the array's first axis counts layers.
-        shape: of one member. dtype: of torch.
-        trains: its values are learned.
-    """
-
-    name: str
-    members: tuple[str, ...]
-    stacked: bool
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trains: bool
-
-    @property
-    def array_shape(self) -> tuple[int, ...]:
-        """Of the array."""
-        return (len(self.members), *self.shape) if self.stacked else self.shape
 
 
 class TracedModel:
@@ -79,28 +45,17 @@ class TracedModel:
         model: any causal language model of transformers, adapted or not; it is left as it is.
         loss: of a training method.
         levels: what each layer keeps for backward: keep, cheap (results of products), all (the input alone).
-        pin: what layers hand on [B, T, D] goes through it, to stay spread over the devices as it is.
-        pin_heads: the same for queries, keys and values [B, H, T, W].
-        flash_mesh: the devices, where they are TPUs: attention is then the kernel that never holds the scores of a row.
+        spread: over which devices, and how.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        loss: LossFn,
-        levels: Levels | None = None,
-        *,
-        pin: Callable[[Any], Any] = lambda x: x,
-        pin_heads: Callable[[Any], Any] = lambda x: x,
-        flash_mesh: Mesh | None = None,
-    ) -> None:
+    def __init__(self, model: Any, loss: LossFn, spread: Spread, levels: Levels | None = None) -> None:
         _register_attention()
         self._env = Environment()
         self._env.override_op_definition(linear_cross_entropy, self._cross_entropy)
-        self._model, self.pin, self.pin_heads, self.flash_mesh = model, pin, pin_heads, flash_mesh
+        self._model, self._spread = model, spread
         self._call, self._read = _Call(model, loss), _Call(model, self._last_logits)
         self._causal = causal_model(model)
-        self._places = _places_of(model, self._causal)
+        self._places = places_of(model, self._causal)
         self.levels: Levels = tuple(levels or ("keep",) * len(self._places.layers))
         self.slots: tuple[Slot, ...] = tuple(self._slots())
 
@@ -150,6 +105,19 @@ class TracedModel:
             _tracing.pop()
             config._attn_implementation, config._experts_implementation = before, experts
 
+    def pin(self, x: Any) -> Any:
+        """What layers hand on [B, T, D] stays spread by its rows."""
+        return self._spread.pinned(x, self._spread.rows)
+
+    def pin_heads(self, x: Any) -> Any:
+        """Queries, keys and values [B, H, T, W] stay spread by rows and heads."""
+        return self._spread.pinned(x, self._spread.heads)
+
+    @property
+    def flash_mesh(self) -> Mesh | None:
+        """The devices, where they have a kernel that never holds the scores of a row."""
+        return self._spread.mesh if self._spread.on_tpus else None
+
     def tensor(self, arrays: Any) -> Any:
         """Arrays, in whatever they are nested, as tensors that are traced; nothing is copied."""
         return self._env.j2t_iso(arrays)
@@ -180,7 +148,7 @@ class TracedModel:
                 yield Slot(name, (name,), False, *about)
             elif number < places.period:
                 members = tuple(f"{places.prefix}{i}.{rest}" for i in range(number, places.looped, places.period))
-                yield Slot(f"{places.prefix}{_star(number, places.period)}.{rest}", members, True, *about)
+                yield Slot(f"{places.prefix}{star(number, places.period)}.{rest}", members, True, *about)
 
     # ---- Layers as one loop -----------------------------------------------------------------------------------------
 
@@ -201,10 +169,10 @@ class TracedModel:
             return
         modules: list[nn.Module] = []
         if places.looped:
-            period = _Period(self, places.layers[: places.period], of_layers[: places.period], self._loop_levels())
-            modules += [_Member(period, i) for i in range(places.period)]
+            period = Period(self, places.layers[: places.period], of_layers[: places.period], self._loop_levels())
+            modules += [Member(period, i) for i in range(places.period)]
         for i in range(places.looped, len(places.layers)):
-            modules += [_Member(_Period(self, places.layers[i : i + 1], [of_layers[i]], (self.levels[i],), stacked=False), 0)]
+            modules += [Member(Period(self, places.layers[i : i + 1], [of_layers[i]], (self.levels[i],), stacked=False), 0)]
         config, count = self._causal.config, self._causal.config.num_hidden_layers
         setattr(places.owner, places.attribute, nn.ModuleList(modules))
         config.num_hidden_layers = len(modules)
@@ -285,173 +253,6 @@ class _Call(nn.Module):
         return self._compute(self.model, *args)
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where the layers of a model are.
-
-    Attributes:
-        owner, attribute: the module that holds them, and under which name; prefix: of the names of their tensors.
-        layers: all of them.
-        period: so many layers of different kinds follow each other again and again. looped: layers of whole periods, from the first.
-    """
-
-    owner: nn.Module
-    attribute: str
-    prefix: str
-    layers: nn.ModuleList
-    period: int
-    looped: int
-
-    def inside(self, name: str) -> tuple[int | None, str]:
-        """(number of the layer, name in it) of a tensor; None: it is in none."""
-        if not self.prefix or not name.startswith(self.prefix):
-            return None, name
-        number, _, rest = name.removeprefix(self.prefix).partition(".")
-        return int(number), rest
-
-
-def _places_of(model: nn.Module, causal: Any) -> _Places:
-    backbone = getattr(causal, causal.base_model_prefix)
-    lists = [(name, part) for name, part in backbone.named_children() if isinstance(part, nn.ModuleList) and len(part)]
-    if not lists or not hasattr(causal.config, "num_hidden_layers"):
-        return _Places(backbone, "", "", nn.ModuleList(), 1, 0)
-    attribute, layers = max(lists, key=lambda pair: sum(parameter.numel() for parameter in pair[1].parameters()))
-    above = next(name for name, part in model.named_modules() if part is backbone)
-    kinds = [_kind(layer) for layer in layers]
-    period = next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
-    turns = len(kinds) // period
-    prefix = ".".join(part for part in (above, attribute) if part) + "."
-    return _Places(backbone, attribute, prefix, layers, period, turns * period if turns > 1 else 0)
-
-
-def _kind(layer: nn.Module) -> object:
-    """What two layers have in common that compute the same with other weights."""
-    tensors = [(name, tuple(each.shape), each.dtype, each.requires_grad) for name, each in layer.named_parameters()]
-    tensors += [(name, tuple(each.shape), each.dtype, False) for name, each in layer.named_buffers()]
-    facts = [
-        (name, type(part).__name__, fact, value)
-        for name, part in layer.named_modules()
-        for fact, value in sorted(vars(part).items())
-        if fact not in ("layer_idx", "training") and isinstance(value, (int, float, str, bool, type(None)))
-    ]
-    return tensors, facts
-
-
-def _star(number: int, period: int) -> str:
-    """What stands for the numbers number, number + period, ..."""
-    return "*" if period == 1 else f"*{number}"
-
-
-class _Period:
-    """P layers that follow each other, computed as often as their weights are stacked: by a loop that is compiled once.
-
-    Args:
-        arrays: of each of the P layers, by the names of its tensors.
-        levels: of each turn.
-        stacked: the arrays' first axis counts turns; otherwise there is one turn.
-    """
-
-    def __init__(
-        self,
-        traced: TracedModel,
-        layers: Sequence[nn.Module] | nn.ModuleList,
-        arrays: list[Arrays],
-        levels: Levels,
-        *,
-        stacked: bool = True,
-    ) -> None:
-        self._traced, self._layers, self._arrays, self._levels, self._stacked = traced, list(layers), arrays, levels, stacked
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._in_tuple: bool | None = None
-
-    def member(self, i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Layer i of the period was called with these: the last one computes all of them, the others hand on what they got."""
-        self._calls.append((args, kwargs))
-        last = len(self._calls) == len(self._layers)
-        if not last and self._in_tuple is None:  # how layers of this family give their result is known when one has been computed
-            with self._traced.drawing(jax.random.key(0)):
-                jax.eval_shape(lambda arrays, x: self._layer(i, arrays, x, None)[0], self._of_one_turn(i), self._traced.array(x))
-        out = self._all(x) if last else x
-        return (out,) if self._in_tuple else out
-
-    def _all(self, x: Tensor) -> Tensor:
-        """Every turn."""
-        traced, step = self._traced, self._traced.now
-        keys = traced.split_key(len(self._levels))
-        caches = step.given[len(step.left)] if step.given is not None else (None,) * len(self._layers)
-
-        def turn(x: Any, given: Any) -> tuple[Any, tuple[Cache, ...] | None]:
-            arrays, key, caches = given
-            left = []
-            with traced.drawing(key):
-                for i, (own, cache) in enumerate(zip(arrays, caches, strict=True)):
-                    x, after = self._layer(i, own, x, cache)
-                    x = traced.pin(x)
-                    left.append(after)
-            return x, tuple(left) if step.caching else None
-
-        hidden, given = traced.pin(traced.array(x)), (self._arrays, keys, caches)
-        if not self._stacked:
-            hidden, left = _remembering(turn, self._levels[0])(hidden, (self._arrays, keys[0], caches))
-        elif step.caching:  # nobody asks for gradients
-            hidden, left = jax.lax.scan(turn, hidden, given)
-        else:
-            left, start = None, 0
-            for level, count in _runs(self._levels):
-                some = jax.tree.map(lambda array, start=start, end=start + count: array[start:end], given)
-                hidden, _ = jax.lax.scan(_remembering(turn, level), hidden, some)
-                start += count
-        if left is not None:
-            step.left.append(left)
-        self._calls = []
-        return traced.tensor(hidden)
-
-    def _layer(self, i: int, arrays: Arrays, x: Any, cache: Cache | None) -> tuple[Any, Cache | None]:
-        """Layer i with these weights, called as the model called it; and its keys and values."""
-        args, kwargs = self._calls[i]
-        step = self._traced.now
-        step.before, step.after = cache, None
-        out = torch.func.functional_call(self._layers[i], self._traced.tensor(whole(arrays)), (self._traced.tensor(x), *args), kwargs)
-        self._in_tuple = isinstance(out, tuple)
-        return self._traced.array(out[0] if self._in_tuple else out), step.after
-
-    def _of_one_turn(self, i: int) -> Arrays:
-        return jax.tree.map(lambda array: array[0], self._arrays[i]) if self._stacked else self._arrays[i]
-
-
-class _Member(nn.Module):
-    """Stands in the place of a layer; takes its calls to the period it belongs to."""
-
-    def __init__(self, period: _Period, number: int) -> None:
-        super().__init__()
-        self._period, self._number = period, number
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._period._layers[self._number], name)  # what the model asks of a layer, such as its kind of attention
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._period.member(self._number, x, args, kwargs)
-
-
-def _remembering(turn: Callable[..., Any], level: Level) -> Callable[..., Any]:
-    """The same, keeping for backward what its level says."""
-    if level == "keep":
-        return turn
-    return jax.checkpoint(turn, policy=jax.checkpoint_policies.dots_saveable if level == "cheap" else None)
-
-
-def _runs(levels: Levels) -> Iterator[tuple[Level, int]]:
-    """(level, how many times it follows itself)."""
-    start = 0
-    for i in range(1, len(levels) + 1):
-        if i == len(levels) or levels[i] != levels[start]:
-            yield levels[start], i - start
-            start = i
-
-
 @contextmanager
 def _mode(model: nn.Module, train: bool) -> Iterator[None]:
     was = model.training
@@ -513,35 +314,3 @@ def _with_token(cache_BKSW: Any, new_BK1W: Any, positions_B1: Any) -> Any:
     return jax.vmap(lambda cache, new, at: jax.lax.dynamic_update_slice(cache, new, (0, at, 0)))(
         cache_BKSW, new_BK1W.astype(cache_BKSW.dtype), positions_B1[:, 0]
     )
-
-
-# ---- Tensors and arrays ---------------------------------------------------------------------------------------------
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor's values; bfloat16 is JAX's. The memory is shared where it can be."""
-    tensor = tensor.detach().cpu()
-    return tensor.view(torch.int16).numpy().view(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def to_torch(array: Any) -> Tensor:
-    """A copy of an array as a tensor on the host."""
-    host = np.asarray(array)
-    if host.dtype == jnp.bfloat16:
-        return torch.from_numpy(np.array(host.view(np.int16))).view(torch.bfloat16)
-    return torch.from_numpy(np.array(host))
-
-
-def whole(arrays: Arrays) -> Arrays:
-    """With matrices in eight bits as products."""
-    return {name: value[0].astype(value[1].dtype) * value[1] if isinstance(value, tuple) else value for name, value in arrays.items()}
-
-
-def used(arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], Any]) -> set[str]:
-    """Names of the arguments that the result of a computation depends on; nothing is computed."""
-    from jax.interpreters import partial_eval
-
-    names = list(arguments)
-    closed = jax.make_jaxpr(lambda *values: compute(dict(zip(names, values, strict=True))))(*arguments.values())
-    _, kept = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return {name for name, needed in zip(names, kept, strict=True) if needed}

@@ -1,4 +1,4 @@
-"""TPUs, through XLA. The only file of this room that imports jax.
+"""TPUs, through XLA.
 
 JAX is asked in a process of its own: starting it takes the TPU for one process alone, writes to the environment and to
 stderr, and waits for the other hosts of a slice. A program that has imported jax itself is asked where it is, because it
@@ -7,30 +7,26 @@ may hold the TPU already.
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.device import Absent, Device
-from pantheraml.hardware.tpu import FLAT, TpuEnvironment, TpuSlice, device_files, seen_on_pci, shape_of
+from pantheraml.hardware.tpu import FLAT, TpuEnvironment, device_files, seen_on_pci, shape_of
 from pantheraml.recipe.kinds import Kind
 
 if TYPE_CHECKING:
     import torch
 
-_INSTALL = 'pip install "pantheraml[tpu]", which brings jax[tpu] with libtpu'
+INSTALL = 'pip install "pantheraml[tpu]", which brings jax[tpu] with libtpu'
 _ATTACH = "run this on a machine with a TPU (Google Cloud, or a TPU runtime on Colab or Kaggle)"
 _ANSWER_WITHIN_S = 120  # JAX itself begins to warn after 60
 _PROBE_SIZE = 256
@@ -142,16 +138,16 @@ class XlaBackend:
     def _refusal(self) -> Absent | None:
         """Why JAX need not be asked; None: it must be."""
         seen, but = seen_on_pci(self._pci), self._signs()
-        if not _installed("jax"):
-            return Absent(kind="tpu", why=f"{but}jax is not installed, and XLA is reached through it", fix=_INSTALL, seen=seen)
+        if not installed("jax"):
+            return Absent(kind="tpu", why=f"{but}jax is not installed, and XLA is reached through it", fix=INSTALL, seen=seen)
         if self._simulate:
             return None
-        has_library = _installed("libtpu") or self._environment.libtpu_path is not None
+        has_library = installed("libtpu") or self._environment.libtpu_path is not None
         if not (but or has_library):
             why = "nothing points to one: no TPU variable is set, libtpu is not installed, and the driver lists no chip"
             return Absent(kind="tpu", why=why, fix=_ATTACH)
         if not has_library:
-            return Absent(kind="tpu", why=f"{but}libtpu is not installed, so XLA here runs on the CPU", fix=_INSTALL, seen=seen)
+            return Absent(kind="tpu", why=f"{but}libtpu is not installed, so XLA here runs on the CPU", fix=INSTALL, seen=seen)
         platforms = self._environment.platforms
         if platforms is not None and "tpu" not in platforms.split(","):
             why = f"{but}JAX_PLATFORMS={platforms} keeps JAX from it"
@@ -160,7 +156,7 @@ class XlaBackend:
 
     def _no_answer(self, error: str) -> Absent:
         if self._simulate:
-            return Absent(kind="tpu", why=f"XLA on the CPU, which was to stand in for it, failed: {error}", fix=_INSTALL)
+            return Absent(kind="tpu", why=f"XLA on the CPU, which was to stand in for it, failed: {error}", fix=INSTALL)
         seen, said = seen_on_pci(self._pci), self._environment.set_variables()
         if "already in use" in error or "lockfile" in error:
             fix = "stop the other process that uses the TPU: it serves one at a time"
@@ -198,35 +194,6 @@ class XlaBackend:
             why="torch has no tensors on a TPU; models train there through JAX, by pantheraml train and Trainer",
             fix="train with them, or choose another device; pantheraml devices lists what is here",
         )
-
-    def mesh(self, axes: Mapping[str, int], cache: Path) -> Any:
-        """A `jax.sharding.Mesh` with these axes over as many of JAX's devices; starts JAX in this process.
-
-        What is compiled from then on is kept in a folder of the cache.
-        Where the TPU is simulated and JAX has not started yet, the CPU shows as many devices as that.
-        Raises: DeviceError if there are fewer.
-        """
-        jax: Any = import_module("jax")  # whether it has started is not in its public face
-        wanted = math.prod(axes.values())
-        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser() / "xla"))
-        if not jax._src.xla_bridge.backends_are_initialized():
-            if self._simulate:
-                jax.config.update("jax_platforms", "cpu")
-                jax.config.update("jax_num_cpu_devices", wanted)
-            elif self._environment.platforms is None:
-                jax.config.update("jax_platforms", "tpu,cpu")
-        devices = jax.devices(self._platform)
-        if len(devices) < wanted:
-            raise DeviceError(
-                f"{wanted} devices were asked for ({' x '.join(f'{axis} {size}' for axis, size in axes.items())})",
-                why=f"JAX has {len(devices)} here: {devices[0].device_kind}",
-                fix=f"ask for at most {len(devices)}"
-                + (", or set XLA_FLAGS=--xla_force_host_platform_device_count before JAX starts" if self._simulate else ""),
-            )
-        shape = tuple(axes.values())
-        if wanted == len(devices) and not self._simulate:
-            return jax.make_mesh(shape, tuple(axes), devices=devices)
-        return jax.sharding.Mesh(numpy.array(devices[:wanted]).reshape(shape), tuple(axes))
 
     def seed(self, seed: int) -> None:
         """Set torch's generator, which initial weights draw from. JAX has none: its random numbers take a key each."""
@@ -304,35 +271,6 @@ class XlaBackend:
             return []
 
 
-def mesh_of_slice(tpu: TpuSlice, axes: Mapping[str, int]) -> Any:
-    """A mesh of devices that are not here, for which programs can be compiled, by libtpu; JAX itself runs on the CPU.
-
-    Raises: DeviceError if libtpu is not installed, does not know such a slice, or the axes have another number of devices.
-    """
-    import jax
-
-    if not _installed("libtpu"):
-        raise DeviceError("libtpu is not installed", why="it is the compiler of TPUs, with or without one", fix=_INSTALL)
-    jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    more: dict[str, Any] = {"num_slices": tpu.slices} if tpu.slices > 1 else {}
-    if tpu.chips == 1:
-        more["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{tpu.generation}:{tpu.topology}", **more)
-    except RuntimeError as error:
-        raise DeviceError(f"libtpu knows no slice {tpu}", why=str(error).strip().splitlines()[0], fix="name another one") from error
-    devices = sorted(found.devices, key=lambda device: getattr(device, "slice_index", 0))
-    if len(devices) != math.prod(axes.values()):
-        raise DeviceError(
-            f"{tpu} has {len(devices)} devices, and {math.prod(axes.values())} are planned",
-            why="each core of a chip is one on v2, v3 and 7x",
-            fix="say how many with hardware.devices",
-        )
-    return jax.sharding.Mesh(numpy.array(devices).reshape(tuple(axes.values())), tuple(axes))
-
-
 def duty_cycle(data: list[str], index: int, devices: int) -> float | None:
     """Share of the last moments in which the chip of a device was busy, 0 to 1.
 
@@ -386,6 +324,7 @@ def ask_here(platform: str) -> Answer:
 def _multiply(device: Any) -> None:
     """Raises: RuntimeError if the device multiplies wrongly."""
     import jax
+    import numpy
 
     half = jax.device_put(numpy.full((_PROBE_SIZE, _PROBE_SIZE), 0.5, numpy.float32), device)
     product = numpy.asarray(half @ half)
@@ -422,7 +361,8 @@ def _extent(coords: tuple[tuple[int, ...], ...], *, flat: bool) -> str | None:
     return shape_of(tuple(max(axis) - min(axis) + 1 for axis in zip(*coords, strict=True)), flat=flat) if coords else None
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a package is here; nothing of it is imported."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None  # without an origin it is any folder of that name
 

@@ -11,7 +11,8 @@ from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.failures import classify
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.tpu import TpuSlice, larger_slices, parse_slice
-from pantheraml.hardware.xla import XlaBackend, mesh_of_slice
+from pantheraml.hardware.xla import XlaBackend
+from pantheraml.hardware.xla_mesh import mesh_of_slice
 from pantheraml.models.adapters import attach
 from pantheraml.models.load import empty_model, read_config, shape_of
 from pantheraml.planning.cost import format_dollars
@@ -23,7 +24,7 @@ from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer.sft import sft_loss
 
 if TYPE_CHECKING:
-    from pantheraml.engines.xla_engine import Compiled
+    from pantheraml.engines.xla_ahead import Compiled
 
 USABLE = 15.75 / 16
 """Of a chip's memory, what programs get: v5e reports 15.75 of 16 GiB."""
