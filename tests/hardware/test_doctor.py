@@ -152,6 +152,7 @@ def test_a_measurement_that_cannot_be_kept_is_shown_all_the_same(monkeypatch: py
 def test_the_price_of_the_settings_is_that_of_the_chosen_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPUTE_USD_PER_HOUR", "2")
     monkeypatch.setenv("PANTHERAML_SIMULATE_TPU", "1")
+    monkeypatch.setenv("PANTHERAML_DEVICE_TYPE", "cpu")
     prices = {each.facts.kind: each.price for each in report().devices}
     assert prices["cpu"].usd_per_hour == 2 and prices["tpu"].usd_per_hour is None
 

@@ -271,7 +271,7 @@ def test_a_process_that_breaks(tmp_path, monkeypatch) -> None:
 def test_a_simulated_tpu_says_so() -> None:
     inventory = detect(["tpu"], simulate_tpu=True)
     (device,) = inventory.devices
-    assert (str(device), device.simulated, device.dtypes, device.peak_flops) == ("tpu:0", True, (), None)
+    assert (str(device), device.simulated, device.dtypes, device.peak_flops) == ("tpu:0", True, ("float32", "bfloat16"), None)
     assert device.name.startswith("XLA ")
     assert " on " in device.name
     assert device.label.endswith("(simulated)")
@@ -313,12 +313,14 @@ def test_one_process_with_two_devices_of_xla(monkeypatch) -> None:
     done = subprocess.run([sys.executable, "-c", IN_ONE_PROCESS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["before"] == [None, None, None]
+    used, total, utilization = said["before"]
+    assert 0 < used < total  # of the process: XLA tells nothing of the CPU's memory
+    assert utilization is None
     assert said["jax loaded by that"] is False
     assert len(said["apart"]) == 2
     assert said["changed by that"] == [False, False]
     assert said["here"] == ["tpu:0", "tpu:1"]
-    assert said["after"] == [None, None]  # XLA tells nothing of the CPU's memory: unknown, not zero
+    assert said["after"][0] > 0
     assert said["real"] is None  # no TPU was started in this process
     assert said["wrong"].endswith("multiplied matrices wrongly")
 
@@ -330,7 +332,7 @@ def test_torch_has_no_device_there() -> None:
     with pytest.raises(DeviceError) as error:
         XlaBackend(environment=NOTHING).torch_device(1)
     assert error.value.what == "tpu:1 is no device of torch"
-    assert "XLA engine" in error.value.why
+    assert "through JAX" in error.value.why
     with pytest.raises(DeviceError):
         XlaBackend(environment=NOTHING).autocast(torch.bfloat16)
     with XlaBackend(environment=NOTHING).autocast(torch.float32):

@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tests.xla import eight_devices
 
 from pantheraml.engines.xla_attention import attend, flash, seen_in_rows, segments_of
 
 Case = dict[str, Any]
 CASES: dict[str, Case] = {"plain": {}, "window": {"window": 40}, "softcap": {"softcap": 5.0}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def devices(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return eight_devices(tmp_path_factory.mktemp("xla"))
 
 
 def drawn(rows: int = 2, heads: int = 4, key_heads: int = 2, tokens: int = 256, width: int = 128) -> tuple[np.ndarray, ...]:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh
-from tests.xla import eight_devices
 
 from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch, pack_step
@@ -35,11 +34,6 @@ FAMILIES = ("llama", "mistral", "gemma2", "qwen3", "granite", "cohere", "phi3", 
 OPTIM = OptimSpec(weight_decay=0.1, clip_norm=1.0)
 RATE = 1e-3
 Steps = list[StepBatch]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def devices(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return eight_devices(tmp_path_factory.mktemp("xla"))
 
 
 def mesh_of(**axes: int) -> Mesh:
