@@ -1,6 +1,6 @@
 """What a run survives: kills at any moment, flipped bits, and files that are missing or from another checkpoint.
 
-    python benchmarks/survive.py [--quick] [--seed N]
+    python benchmarks/survive.py [--quick] [--seed N] [--device cpu|tpu]
 
 Three counts, each with what it should be:
 
@@ -49,7 +49,7 @@ adapter: {{kind: lora, rank: 32, dropout: 0.1}}
 batch: {{size: 4, micro_tokens: 512}}
 optim: {{steps: {steps}, lr: 1.0e-3}}
 eval: {{every: 20, generate_rows: 0}}
-hardware: {{kind: cpu, threads: 1}}
+hardware: {{kind: {device}, simulate_tpu: {simulate}, threads: 1}}
 run: {{folder: {folder}, name: run, save_every: 1, log_every: 1}}
 """
 
@@ -75,15 +75,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 kills and 10 flips instead of 20 and 40")
     parser.add_argument("--seed", type=int, default=3407, help="of the times and places (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "tpu"), default="cpu", help="tpu: simulated by XLA (default: %(default)s)")
     asked = parser.parse_args()
     kills, flips, steps = (3, 10, 30) if asked.quick else (20, 40, 200)
     chance = random.Random(asked.seed)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="pantheraml-survive-") as name:
         room = Path(name)
-        undisturbed = start(room, "undisturbed", steps)
+        undisturbed = start(room, "undisturbed", steps, asked.device)
         finish(undisturbed)
-        hit, same = count_kills(room, undisturbed.folder, kills, steps, chance)
+        hit, same = count_kills(room, undisturbed.folder, kills, steps, chance, asked.device)
         checkpoints = undisturbed.folder / "checkpoints"
         flipped = count_flips(checkpoints, room, flips, chance)
         tampered = count_tampered(checkpoints, room)
@@ -140,14 +141,14 @@ class Child:
     log: Path
 
 
-def start(room: Path, name: str, steps: int) -> Child:
+def start(room: Path, name: str, steps: int, device: str) -> Child:
     """Begin the run, or go on with it, in a process of its own."""
     home = room / name
     home.mkdir(exist_ok=True)
     recipe, rows = home / "recipe.yaml", room / "rows.jsonl"
     if not rows.exists():
         rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows(random.Random(0))), "utf-8")
-    recipe.write_text(RECIPE.format(rows=rows, steps=steps, folder=home), "utf-8")
+    recipe.write_text(RECIPE.format(rows=rows, steps=steps, folder=home, device=device, simulate=str(device == "tpu").lower()), "utf-8")
     log = home / "log.txt"
     with log.open("wb") as out:
         command = [sys.executable, "-m", "pantheraml", "train", str(recipe), "--resume"]
@@ -172,7 +173,7 @@ def finish(child: Child) -> None:
 
 
 def count_kills(
-    room: Path, undisturbed: Path, kills: int, steps: int, chance: random.Random
+    room: Path, undisturbed: Path, kills: int, steps: int, chance: random.Random, device: str
 ) -> tuple[list[Kill], dict[str, tuple[int, int]]]:
     """Kill a run `kills` times from its beginning to its last step, let it end, and compare it with the undisturbed one."""
     # The first falls into the first step or before it, the last behind the last step, where the results are written.
@@ -180,7 +181,7 @@ def count_kills(
     hit: list[Kill] = []
     for number, step in enumerate(due):
         aimed = number % 2 == 1 and step < steps
-        child = start(room, "killed", steps)
+        child = start(room, "killed", steps, device)
         if not strike(child, step, aimed=aimed, chance=chance):
             finish(child)
             sys.exit(f"the run ended by itself before the kill that was due after step {step}")
@@ -189,7 +190,7 @@ def count_kills(
         left = newest_step(child.folder) or None
         hit.append(Kill(step=step, aimed=aimed, inside_save=bool(hidden(child.folder)), newest=left, went_on_after=None))
         print(f"kill {number + 1} of {kills} in step {step + 1}{', inside a save' if hit[-1].inside_save else ''}", file=sys.stderr)
-    child = start(room, "killed", steps)
+    child = start(room, "killed", steps, device)
     finish(child)
     hit[-1] = went_on(hit[-1], child.log)
     return hit, compared(undisturbed, child.folder)

@@ -23,7 +23,7 @@ class Compiled:
         arguments_bytes, results_bytes: what goes in; and what comes out and is not in the place of an argument.
         temporary_bytes: what is needed in between.
         waiting_bytes: what is on the device meanwhile and takes no part.
-        collectives: how often its text has an exchange between devices, by kind; those in a loop count once.
+        collectives: how often its text has an exchange between devices, by kind; those in a loop count once, those that XLA fused with arithmetic not at all.
     """
 
     phase: str

@@ -201,11 +201,12 @@ class TracedModel:
         softcap: float | None = None,
         chunk: int = 1024,
     ) -> Tensor:
-        """See `linear_cross_entropy`, for hidden [B, T, D] and labels [B, T]: a chunk is some tokens of every row."""
+        """See `linear_cross_entropy`, for hidden [B, T, D] and labels [B, T]: a chunk is some tokens of every row, on each device."""
         given: Any = self.array((hidden, weight, labels, bias_V))
         hidden_BTD, weight_VD, labels_BT, bias = given
         rows, tokens = labels_BT.shape
-        parts = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * rows <= max(chunk, rows))
+        own_rows = -(-rows // self._spread.shares)  # of each device
+        parts = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * own_rows <= max(chunk, own_rows))
 
         @functools.partial(jax.checkpoint, policy=None)
         def of_chunk(total: Any, chunk: Any) -> tuple[Any, None]:
