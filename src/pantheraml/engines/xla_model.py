@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import torch
 from jax.sharding import Mesh
 from torch import Tensor, nn
-from torchax.tensor import Environment
+from torchax.tensor import Environment, OperatorNotFound
 
 from pantheraml.engines.engine import LossFn, RowTensors
 from pantheraml.engines.xla_arrays import Arrays, Slot, Spread, whole
 from pantheraml.engines.xla_attention import attend, flash, flash_fits, seen_in_cache, seen_in_rows, segments_of
 from pantheraml.engines.xla_layers import Cache, Caches, Member, Period, places_of, star
+from pantheraml.errors import DeviceError
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.head import causal_model, output_head
 from pantheraml.planning.levels import Levels
@@ -101,6 +102,12 @@ class TracedModel:
         try:
             with self._env, self.drawing(key), _mode(self._model, train):
                 yield
+        except OperatorNotFound as error:
+            raise DeviceError(
+                f"{type(self._causal).__name__} cannot be computed by XLA",
+                why=f"torchax does not know one of its operators: {error}",
+                fix="choose another device, another model, or a plain LoRA adapter",
+            ) from error
         finally:
             _tracing.pop()
             config._attn_implementation, config._experts_implementation = before, experts
@@ -292,8 +299,12 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each example. query [B, H, T, W], key and value [B, K, T, W] -> [B, T, H, W]."""
     if attention_mask is not None or dropout:
-        what = "a mask of its own" if attention_mask is not None else f"dropout of {dropout:g}"
-        raise NotImplementedError(f"{type(module).__name__} asks for {what}, which attention on XLA does not have")
+        what = "a mask of its own" if attention_mask is not None else f"dropout of {dropout:g} in attention"
+        raise DeviceError(
+            f"{type(module).__name__} cannot be computed by XLA",
+            why=f"it asks for {what}, which attention there does not have",
+            fix="set it to 0 in the model's config.json (attention_dropout, attn_pdrop)" if dropout else "choose another device or model",
+        )
     traced = _tracing[-1]
     step = traced.now
     q, k, v = (traced.pin_heads(each) for each in traced.array((query, key, value)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -46,7 +46,7 @@ class Plan:
 
     device: Device
     world_size: int
-    mesh: dict[str, int]
+    mesh: dict[str, int] = field(default_factory=dict)
     dtype: Dtype
     base_dtype: Dtype
     attention: str
