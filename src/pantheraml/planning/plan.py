@@ -46,7 +46,7 @@ class Plan:
 
     device: Device
     world_size: int
-    mesh: dict[str, int] = field(default_factory=dict)
+    mesh: dict[str, int] = field(default_factory=dict[str, int])
     dtype: Dtype
     base_dtype: Dtype
     attention: str
