@@ -19,7 +19,7 @@ from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import DataError, PantheraError, RecipeError
 from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.load import load_recipe, recipe_from
-from pantheraml.recipe.types import LoRA, ModelSpec, Recipe
+from pantheraml.recipe.types import HardwareAsk, LoRA, ModelSpec, Recipe
 from pantheraml.trainer.run import fit, isolated, survey
 from pantheraml.trainer.run import train as train_recipe
 from pantheraml.trainer.runs import Run
@@ -27,6 +27,7 @@ from pantheraml.trainer.runs import Run
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pantheraml.distributed.multi_tpu import MultiTPUConfig
     from pantheraml.planning.plan import Plan
 
 Rows = Iterable[Mapping[str, Any]]
@@ -172,7 +173,6 @@ class FastLanguageModel:
         from pantheraml.models.load import load_model, load_tokenizer
         from pantheraml.models.quantize import available, quantization
         from pantheraml.planning.base import quantizer_of
-        from pantheraml.recipe.types import HardwareAsk
 
         kind, index = parse_device(device)
         ask = None if kind == "auto" else HardwareAsk(kind=kind, index=index or 0)
@@ -534,6 +534,26 @@ class Trainer:
         for section, keys in args.recipe.items():
             said[section] = {**said.get(section, {}), **keys} if isinstance(keys, Mapping) else keys
         return recipe_from(said)
+
+
+class PantheraMLTPUTrainer(Trainer):
+    """`Trainer` on the chips that `tpu_config` names; the model may have been loaded anywhere on the host.
+
+    Args:
+        tpu_config: a `pantheraml.distributed.MultiTPUConfig`; None: all chips that are here.
+        args, more: those of `Trainer`.
+    """
+
+    def __init__(self, *args: Any, tpu_config: MultiTPUConfig | None = None, **more: Any) -> None:
+        from pantheraml.distributed.multi_tpu import MultiTPUConfig
+
+        self._tpu = tpu_config or MultiTPUConfig()
+        super().__init__(*args, **more)
+
+    def _as_recipe(self) -> Recipe:
+        recipe = super()._as_recipe()
+        hardware = {**recipe.hardware.model_dump(exclude_unset=True), **self._tpu.hardware(), "index": 0}
+        return recipe.model_copy(update={"hardware": HardwareAsk.model_validate(hardware)})
 
 
 _BITS = {"nf4": "load_in_4bit", "int8": "load_in_8bit", "fp8": "load_in_fp8"}

@@ -56,6 +56,19 @@ def _tp_dimension(parts: list[str]) -> int | None:
 
 
 def choose_mesh(ask: HardwareAsk, device: Device, inventory: Inventory, shape: ModelShape) -> tuple[dict[str, int], str]:
+    """`mesh_axes`, for this model. Raises: also RecipeError if tensor parallel does not divide its heads."""
+    axes, why = mesh_axes(ask, device, inventory)
+    tp = axes.get("tp", 1)
+    if shape.kv_heads % tp:
+        raise RecipeError(
+            f"hardware.tp={tp} does not divide the {shape.kv_heads} heads of keys of {shape.name}",
+            why="each device would need a part of a head, and fetch the rest in every layer",
+            fix=f"set it to a divisor of {shape.kv_heads}",
+        )
+    return axes, why
+
+
+def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[dict[str, int], str]:
     """The axes of the mesh, the outermost first, and why; empty for a single device of any kind but a TPU.
 
     Raises: DeviceError for more devices than there are, or more than one of another kind; RecipeError for axes that do not fit.
@@ -88,12 +101,6 @@ def choose_mesh(ask: HardwareAsk, device: Device, inventory: Inventory, shape: M
             f"{format_mesh({axis: size for axis, size in axes.items() if size > 1})} does not come to {wanted} devices",
             why="hardware.devices asks for so many" if said else "so many are here",
             fix="leave hardware.fsdp out, and let the product of dcn, dp and tp divide the number of devices",
-        )
-    if shape.kv_heads % ask.tp:
-        raise RecipeError(
-            f"hardware.tp={ask.tp} does not divide the {shape.kv_heads} heads of keys of {shape.name}",
-            why="each device would need a part of a head, and fetch the rest in every layer",
-            fix=f"set it to a divisor of {shape.kv_heads}",
         )
     axes = {axis: size for axis in AXES if (size := {**fixed, "fsdp": wanted // others}[axis]) > 1}
     return axes or {"fsdp": 1}, "the recipe asks for it" if said or others > 1 or ask.fsdp != "auto" else "all that are here"
