@@ -242,7 +242,7 @@ class FastLanguageModel:
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             adapted.enable_input_require_grads()
         origin = _origin(model)
-        if origin.quantizer == "int8" or origin.quantizer == "fp8":
+        if (origin.quantizer == "int8" or origin.quantizer == "fp8") and not origin.on_host:  # else the engine does it
             to_eight_bits(adapted, origin.quantizer)
         _note(adapted, replace(origin, adapter=spec, checkpointing=use_gradient_checkpointing is True))
         return _with_savers(adapted)
@@ -449,10 +449,10 @@ class Trainer:
                 tokenizer=self.tokenizer,
             )
             planned = stored_plan(folder, view.plan, recipe, console) if resume_from_checkpoint else view.plan
-            if planned.quantizer == "int8" or planned.quantizer == "fp8":
+            backend = backend_of(planned.device)
+            if (planned.quantizer == "int8" or planned.quantizer == "fp8") and backend.engine == "torch":
                 to_eight_bits(self.model, planned.quantizer)  # which get_peft_model has done, unless PEFT made the adapter
             planned = isolated(self.model, planned, recipe, console)
-            backend = backend_of(planned.device)
             backend.set_threads(planned.threads)
             write_json(folder / PLAN, planned.to_dict())
             self._keep_base(folder)

@@ -38,7 +38,9 @@ def test_the_snippet_trains_on_eight_and_says_that_they_are_simulated(tmp_path: 
     dataset = chats(24)
     config = MultiTPUConfig(num_cores=8)
     assert setup_multi_tpu(config)["devices"] == 8
-    arguments = TrainingArguments(output_dir=str(tmp_path), run_name="run", max_steps=2, per_device_train_batch_size=8)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), run_name="run", max_steps=2, per_device_train_batch_size=8, recipe={"eval": {"generate_rows": 0}}
+    )
     trainer = PantheraMLTPUTrainer(
         tpu_config=config, model=model, tokenizer=tokenizer, train_dataset=dataset, args=arguments, console=console
     )

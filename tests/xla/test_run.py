@@ -10,6 +10,7 @@ from tests.tiny import chats, losses, quiet, tiny_recipe, written
 
 from pantheraml.errors import DeviceError
 from pantheraml.recipe.types import Recipe
+from pantheraml.trainer.evaluate import evaluate
 from pantheraml.trainer.run import train
 
 SIMULATED = {"kind": "tpu", "simulate_tpu": True, "threads": 1}
@@ -37,6 +38,17 @@ def test_a_run_learns_what_it_learns_on_a_cpu_and_says_that_it_is_simulated(tmp_
     assert losses(run.folder) == pytest.approx(expected, abs=1e-4)
     assert run.chat("what is 3 times 3?") is not None  # the adapter that was saved is loaded again, by torch
     assert "held-out loss" in printed()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_base_in_eight_bits_is_evaluated_again(tmp_path: Path, rows: str) -> None:
+    console, _ = quiet()
+    asked = recipe(tmp_path, rows)
+    run = train(asked.model_copy(update={"model": asked.model.model_copy(update={"load_in_8bit": True})}), console=console)
+    again = evaluate(run.recipe, run.loaded)
+    report = json.loads((run.folder / "report.json").read_text())
+    assert json.loads((run.folder / "plan.json").read_text())["quantizer"] == "int8"
+    assert again["loss"] == pytest.approx(report["eval"]["loss_after"], abs=0.01)  # the base is whole now
 
 
 @pytest.mark.slow

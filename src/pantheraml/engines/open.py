@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -14,18 +15,23 @@ from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.hardware.settings import read_settings
 from pantheraml.hardware.xla_mesh import open_mesh
+from pantheraml.planning.memory import Level
 from pantheraml.planning.plan import Plan
 
 
-def open_engine(backend: Backend, plan: Plan, recovery: Recovery | None = None, graphs: Graphs | None = None) -> Engine:
-    """The engine of the backend. Raises: DeviceError if the plan wants more devices than there are, MissingExtra."""
+def open_engine(
+    backend: Backend, plan: Plan, recovery: Recovery | None = None, graphs: Graphs | None = None, allowed: Sequence[Level] = ()
+) -> Engine:
+    """The engine of the backend. allowed: levels to which XLA's may go down by itself; torch's asks the relief that it is given.
+
+    Raises: DeviceError if the plan wants more devices than there are, MissingExtra."""
     if backend.engine == "torch":
         return TorchEngine(backend, recovery, graphs)
     if find_spec("torchax") is None:
         raise MissingExtra("torchax", needed_for=f"training on {plan.device}", install="pantheraml[xla]")
     from pantheraml.engines.xla_engine import XlaEngine
 
-    return XlaEngine(open_mesh(plan.mesh, simulate=plan.device.simulated, cache=read_settings().cache), recovery)
+    return XlaEngine(open_mesh(plan.mesh, simulate=plan.device.simulated, cache=read_settings().cache), recovery, allowed)
 
 
 def loading_device(backend: Backend, index: int) -> torch.device:

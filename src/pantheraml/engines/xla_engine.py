@@ -6,7 +6,7 @@ one updates the weights. How many micro-batches a step has is an argument, not a
 
 from __future__ import annotations
 
-import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,8 +28,8 @@ from pantheraml.engines.xla_model import TracedModel
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.generate import BATCH_ROWS, stop_tokens
-from pantheraml.models.load import carries_state
-from pantheraml.planning.levels import format_levels, lower, rungs
+from pantheraml.planning.levels import format_levels, lower
+from pantheraml.planning.memory import Level
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import OptimSpec
 
@@ -41,11 +41,11 @@ class XlaEngine:
 
     Args:
         mesh: the devices, with axes named as in planning/sharding.py.
-        recovery: what to do when memory runs out; None: stop.
+        recovery: what to do when memory runs out; None: stop. allowed: levels that layers may go down to, the fastest first.
     """
 
-    def __init__(self, mesh: Mesh, recovery: Recovery | None = None) -> None:
-        self._spread, self._recovery = Spread(mesh), recovery or Recovery()
+    def __init__(self, mesh: Mesh, recovery: Recovery | None = None, allowed: Sequence[Level] = ()) -> None:
+        self._spread, self._recovery, self._allowed = Spread(mesh), recovery or Recovery(), tuple(allowed)
         self.compilations: Counter[str] = Counter()
         """What was compiled, by phase and shape, and how often."""
 
@@ -75,10 +75,9 @@ class XlaEngine:
         self._frozen: Arrays = arrays
         self._functions: dict[str, Any] = {}
         self._called: dict[str, Any] = {}
-        self._moments: dict[str, Arrays] = {moment: self._zeros() for moment in MOMENTS}
+        self._moments: dict[str, Arrays] = {} if optim is None else {moment: self._zeros() for moment in MOMENTS}
         self._done = self._everywhere(np.zeros((), np.int32))
         self._halted = self._everywhere(np.zeros((), np.bool_))
-        self._caches = not carries_state(model)
         self._checked = False
 
     @property
@@ -128,10 +127,10 @@ class XlaEngine:
 
         return jax.lax.fori_loop(0, count, add, total)
 
-    def _adamw(self) -> Callable[..., Any]:
+    def _update(self, *args: Any) -> Any:
         assert self._optim is not None
         decayed = frozenset(name for name, slot in self._trained.items() if len(slot.shape) >= 2)
-        return functools.partial(update, optim=self._optim, decayed=decayed)
+        return update(*args, optim=self._optim, decayed=decayed)
 
     def _run(self, phase: str, shape: tuple[int, ...], *args: Any) -> Any:
         """What the compiled function of a phase, for micro-batches of a shape, gives for these arguments."""
@@ -167,7 +166,7 @@ class XlaEngine:
                     "out_shardings": one,
                 },
                 "update": {
-                    "fun": self._adamw(),
+                    "fun": self._update,
                     "in_shardings": (trained, moments, one, one, trained, one, one, one),
                     "out_shardings": (trained, moments, one, one, one, one),
                     "donate_argnums": (0, 1, 2, 3),
@@ -223,7 +222,7 @@ class XlaEngine:
 
     def lower(self) -> str | None:
         """See `Engine.lower`. What was compiled is compiled anew."""
-        found = lower(self.traced.levels, rungs(self._plan.device, "auto", fused=False))
+        found = lower(self.traced.levels, self._allowed)
         if found is None:
             return None
         self.traced.levels = found
@@ -240,7 +239,8 @@ class XlaEngine:
                 gradients, total = self._zeros(), self._everywhere(np.zeros((), np.float32))
                 for shape, arrays, count in self._stacked(batch.micro):
                     self._check_used(shape)
-                    given = (self._weights, self._frozen, gradients, total, arrays, count, labels, key)
+                    own = jax.random.fold_in(key, math.prod(shape))  # micro-batches count from 0 in each shape
+                    given = (self._weights, self._frozen, gradients, total, arrays, count, labels, own)
                     gradients, total = self._run("gradients", shape, *given)
         return gradients, total
 
@@ -284,10 +284,14 @@ class XlaEngine:
 
     def evaluate(self, batches: Sequence[StepBatch]) -> float:
         """See `Engine.evaluate`."""
-        total = self._everywhere(np.zeros((), np.float32))
-        for batch in batches:
-            for shape, arrays, count in self._stacked(batch.micro):
-                total = self._run("losses", shape, self._weights, self._frozen, total, arrays, count)
+        total: Any = 0.0
+        for attempt in self._recovery.attempts("an evaluation", (1,), relief=self.lower):
+            with attempt:
+                total = self._everywhere(np.zeros((), np.float32))
+                for batch in batches:
+                    for shape, arrays, count in self._stacked(batch.micro):
+                        total = self._run("losses", shape, self._weights, self._frozen, total, arrays, count)
+                total = float(total)
         return float(total) / max(1, sum(batch.label_count for batch in batches))
 
     # ---- Answers ----------------------------------------------------------------------------------------------------
@@ -314,7 +318,7 @@ class XlaEngine:
     def _answers(self, new: int) -> Callable[..., Any]:
         def compute(weights: Arrays, frozen: Arrays, ids_BP: Any, lengths_B: Any, stops: Any, real: Any) -> Any:
             arrays = {**frozen, **{name: weight.astype(self._dtype) for name, weight in weights.items()}}
-            return continued(self.traced, arrays, ids_BP, lengths_B, stops, real, new=new, caches=self._caches)
+            return continued(self.traced, arrays, ids_BP, lengths_B, stops, real, new=new, caches=self.traced.caches)
 
         return compute
 
@@ -348,6 +352,7 @@ class XlaEngine:
             wanted |= {f"step/{name}": () for name in shapes}
         check_fits(state, wanted)
         done = one_step(moments) if moments else 0
+        self._weights, self._moments = {}, {}  # so that the devices never hold both
         self._moments = {moment: self._from_members(moments, moment) if moments else self._zeros() for moment in MOMENTS}
         self._done = self._everywhere(np.asarray(done, np.int32))
         self._weights = self._from_members(state, "weight")

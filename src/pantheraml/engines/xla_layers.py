@@ -54,16 +54,17 @@ class Places:
 def places_of(model: nn.Module, causal: Any) -> Places:
     """Where the layers of a model are, and which of them are alike. causal: the model of transformers in it."""
     backbone = getattr(causal, causal.base_model_prefix)
-    lists = [(name, part) for name, part in backbone.named_children() if isinstance(part, nn.ModuleList) and len(part)]
+    lists = [(name, part) for name, part in backbone.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists or not hasattr(causal.config, "num_hidden_layers"):
         return Places(backbone, "", "", nn.ModuleList(), 1, 0)
-    attribute, layers = max(lists, key=lambda pair: sum(parameter.numel() for parameter in pair[1].parameters()))
+    within, layers = max(lists, key=lambda pair: sum(parameter.numel() for parameter in pair[1].parameters()))
     above = next(name for name, part in model.named_modules() if part is backbone)
+    owner, _, attribute = within.rpartition(".")
     kinds = [_kind(layer) for layer in layers]
     period = next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
     turns = len(kinds) // period
-    prefix = ".".join(part for part in (above, attribute) if part) + "."
-    return Places(backbone, attribute, prefix, layers, period, turns * period if turns > 1 else 0)
+    prefix = ".".join(part for part in (above, within) if part) + "."
+    return Places(backbone.get_submodule(owner), attribute, prefix, layers, period, turns * period if turns > 1 else 0)
 
 
 def _kind(layer: nn.Module) -> object:

@@ -27,9 +27,10 @@ from pantheraml.engines.engine import LossFn, RowTensors
 from pantheraml.engines.xla_arrays import Arrays, Slot, Spread, whole
 from pantheraml.engines.xla_attention import attend, flash, flash_fits, seen_in_cache, seen_in_rows, segments_of
 from pantheraml.engines.xla_layers import Cache, Caches, Member, Period, places_of, star
-from pantheraml.errors import DeviceError
+from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.head import causal_model, output_head
+from pantheraml.models.load import carries_state
 from pantheraml.planning.levels import Levels
 from pantheraml.planning.memory import Level
 
@@ -57,6 +58,10 @@ class TracedModel:
         self._call, self._read = _Call(model, loss), _Call(model, self._last_logits)
         self._causal = causal_model(model)
         self._places = places_of(model, self._causal)
+        self.caches = not carries_state(model) and len(self._places.layers) > 0
+        """Whether keys and values can be kept from token to token."""
+        head = self._causal.get_output_embeddings()
+        self._head_trains = head is not None and any(parameter.requires_grad for parameter in head.parameters())
         self.levels: Levels = tuple(levels or ("keep",) * len(self._places.layers))
         self.slots: tuple[Slot, ...] = tuple(self._slots())
 
@@ -102,15 +107,23 @@ class TracedModel:
         try:
             with self._env, self.drawing(key), _mode(self._model, train):
                 yield
-        except OperatorNotFound as error:
-            raise DeviceError(
-                f"{type(self._causal).__name__} cannot be computed by XLA",
-                why=f"torchax does not know one of its operators: {error}",
-                fix="choose another device, another model, or a plain LoRA adapter",
-            ) from error
+        except PantheraError:
+            raise
+        except (OperatorNotFound, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise self._refused(f"its forward does what cannot be traced: {said}") from error
         finally:
             _tracing.pop()
             config._attn_implementation, config._experts_implementation = before, experts
+        if not step.attended:  # and transformers made no mask, so every token has seen those behind it
+            raise self._refused("its attention does not go through the interface that transformers has for it")
+
+    def _refused(self, why: str) -> DeviceError:
+        return DeviceError(
+            f"{type(self._causal).__name__} cannot be computed by XLA",
+            why=why,
+            fix="choose another device, another model, or a plain LoRA adapter",
+        )
 
     def pin(self, x: Any) -> Any:
         """What layers hand on [B, T, D] stays spread by its rows."""
@@ -215,10 +228,13 @@ class TracedModel:
         own_rows = -(-rows // self._spread.shares)  # of each device
         parts = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * own_rows <= max(chunk, own_rows))
 
+        # The gradient of a head that trains is a sum over chunks: in float32.
+        whole_VD = weight_VD.astype(jnp.float32) if self._head_trains else weight_VD
+
         @functools.partial(jax.checkpoint, policy=None)
         def of_chunk(total: Any, chunk: Any) -> tuple[Any, None]:
             hidden_BCD, labels_BC = chunk
-            logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, weight_VD, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("bcd,vd->bcv", hidden_BCD, whole_VD.astype(weight_VD.dtype), preferred_element_type=jnp.float32)
             logits = (logits if bias is None else logits + bias) * scale
             logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
             at_label = jnp.take_along_axis(logits, jnp.maximum(labels_BC, 0)[..., None], -1)[..., 0]
@@ -239,7 +255,7 @@ class _Pass:
     Attributes:
         positions_BT: of the tokens in their examples.
         caching: keys and values are kept, in `left`. given: those of the tokens before, in the order of the layers; None: there are none.
-        before, after: of the layer that is being computed.
+        before, after: of the layer that is being computed. attended: attention was called.
     """
 
     positions_BT: Any
@@ -248,6 +264,7 @@ class _Pass:
     left: Caches = field(default_factory=list)
     before: Cache | None = None
     after: Cache | None = None
+    attended: bool = False
 
 
 class _Call(nn.Module):
@@ -309,7 +326,9 @@ def _attention(
     step = traced.now
     q, k, v = (traced.pin_heads(each) for each in traced.array((query, key, value)))
     scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
-    if traced.flash_mesh is not None and not step.caching and s_aux is None and flash_fits(q):
+    step.attended = True
+    if traced.flash_mesh is not None and step.before is None and s_aux is None and flash_fits(q):
+        step.after = (k, v)
         segments = segments_of(step.positions_BT)
         return traced.tensor(flash(q, k, v, segments, traced.flash_mesh, scale=scale, window=sliding_window, softcap=softcap)), None
     if step.before is None:

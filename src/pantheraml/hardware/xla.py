@@ -113,7 +113,7 @@ class XlaBackend:
             name=core.device_kind,
             memory_bytes=total,
             free_bytes=None if core.bytes_in_use is None or total is None else total - core.bytes_in_use,  # one process holds a TPU
-            dtypes=("bfloat16", "float32"),
+            dtypes=("bfloat16", "float32") if installed("torchax") else (),
             capability=generation,
             cores=cores,
             topology=_extent(answer.slice_coords, flat=flat) or self._environment.slice_shape(flat=flat),
@@ -129,7 +129,7 @@ class XlaBackend:
             name=f"XLA {answer.version} on {cpu_name()}",
             memory_bytes=total,
             free_bytes=free,
-            dtypes=("float32", "bfloat16"),
+            dtypes=("float32", "bfloat16") if installed("torchax") else (),
             simulated=True,
         )
 

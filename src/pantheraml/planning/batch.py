@@ -170,16 +170,13 @@ def _chosen(
 
 
 def shared_rows(micro: MicroBatch, longest_row: int, shares: int, estimate: Estimate) -> MicroBatch:
-    """With as many rows that several devices have the same number of them."""
-    rows = -(-max(1, micro.micro_tokens // longest_row) // shares) * shares
+    """With no more rows than several devices can share evenly; there is at least one for each."""
+    rows = micro.micro_tokens // longest_row // shares * shares
     if shares == 1 or rows * longest_row == micro.micro_tokens:
         return micro
-    return replace(
-        micro,
-        micro_tokens=rows * longest_row,
-        memory=estimate(rows * longest_row, micro.levels),
-        reason=f"{rows // shares} rows for each of {shares} devices; {micro.reason}",
-    )
+    tokens = rows * longest_row
+    reason = f"{rows // shares} rows for each of {shares} devices; {micro.reason}"
+    return replace(micro, micro_tokens=tokens, memory=estimate(tokens, micro.levels), reason=reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

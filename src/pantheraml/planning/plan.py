@@ -167,14 +167,21 @@ def make_plan(
     check_micro_tokens(recipe, row_tokens[-1])
 
     def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:
-        return _memory(recipe, shape, device, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
+        memory = _memory(recipe, shape, device, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
+        copies = mesh.get("dp", 1) * mesh.get("dcn", 1)
+        return replace(
+            memory,
+            weights_bytes=copies * memory.weights_bytes,
+            gradients_bytes=copies * memory.gradients_bytes,
+            optimizer_bytes=copies * memory.optimizer_bytes,
+        )
 
     asked = recipe.batch.micro_tokens
     mean_tokens = train_tokens / train_rows if train_tokens and train_rows else longest_example or max_tokens
     micro = choose_micro_tokens(
         memory_for,
         free_bytes=world_size * known(device.free_bytes, device),
-        longest_row=row_tokens[-1],
+        longest_row=row_tokens[-1] * (row_shares(mesh) if recipe.batch.micro_tokens == "auto" else 1),
         batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
         most_tokens=None if longest_example is None else recipe.batch.size * min(longest_example, max_tokens),
         peak_flops=device.peak_flops,

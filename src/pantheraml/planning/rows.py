@@ -11,6 +11,9 @@ USUAL_TOKENS = 2048
 PACKED_ROW_EXAMPLES = 4
 """A packed row holds about so many of the longest examples: the unfilled rest is small, attention still short."""
 
+STATIC_ROW_TOKENS = 128
+"""Where shapes are static, packed rows are a multiple of so many: attention's kernel for TPUs takes no others."""
+
 
 def longest_allowed(recipe: Recipe, shape: ModelShape) -> tuple[int, str]:
     """Tokens of the longest example, and why. Raises: RecipeError if more is asked than the model was made for."""
@@ -59,9 +62,9 @@ def choose_row_tokens(
     if packing:
         lengths = row_lengths(max_tokens, longest_example * PACKED_ROW_EXAMPLES)
         if static:
-            return lengths[
-                -1:
-            ], f"room for several of the longest examples ({longest_example} tokens); one length, so that a step is compiled once"
+            row = -(-lengths[-1] // STATIC_ROW_TOKENS) * STATIC_ROW_TOKENS
+            why = f"room for several of the longest examples ({longest_example} tokens); one length, so that a step is compiled once"
+            return (row if at_once is None or row <= at_once else lengths[-1],), why
         return lengths, f"room for several of the longest examples ({longest_example} tokens), up to max_tokens"
     return row_lengths(
         max_tokens, longest_example

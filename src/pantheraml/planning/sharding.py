@@ -87,7 +87,11 @@ def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[d
         return {}, "several train together on a TPU alone" if there > 1 else f"there is one of kind {device.kind}"
     said = isinstance(ask.devices, int)
     wanted = (
-        ask.devices if isinstance(ask.devices, int) else there if ask.fsdp == "auto" and others <= there else others * _number(ask.fsdp)
+        ask.devices
+        if isinstance(ask.devices, int)
+        else there
+        if ask.devices == "all" or (ask.fsdp == "auto" and others <= there)
+        else others * _number(ask.fsdp)
     )
     if wanted > there and not device.simulated:
         raise DeviceError(

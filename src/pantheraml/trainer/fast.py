@@ -111,7 +111,7 @@ def rehearse(
     Args:
         held_bytes: what the process held before the model, which the plan does not count. say: hears what it took.
     """
-    if plan.memory.total_bytes <= TIGHT * (plan.device.free_bytes or 0):
+    if plan.memory.total_bytes <= TIGHT * plan.world_size * (plan.device.free_bytes or 0):
         return
     engine.rehearse(layout(largest(plan)))
     peak = backend.memory(plan.device.index).peak_bytes

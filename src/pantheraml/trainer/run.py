@@ -34,6 +34,7 @@ from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of, weight_bytes
 from pantheraml.models.quantize import available, quantization, to_eight_bits
 from pantheraml.models.tiny import PREFIX as TINY
+from pantheraml.planning.levels import rungs
 from pantheraml.planning.plan import Plan, make_plan
 from pantheraml.planning.rows import longest_allowed
 from pantheraml.planning.shape import ModelShape
@@ -118,7 +119,7 @@ def train(
         plan = isolated(model, plan, local, console)
         if isinstance(local.adapter, LoRA):
             model = attach(model, local.adapter, seed=local.run.seed)
-        if plan.quantizer in ("int8", "fp8"):
+        if plan.quantizer in ("int8", "fp8") and backend.engine == "torch":  # the other engine does it when it takes the weights
             to_eight_bits(model, plan.quantizer)
         write_json(folder / PLAN, plan.to_dict())
         return fit(replace(view, recipe=recipe, plan=plan), model, backend, folder, console)
@@ -217,7 +218,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     record = backend.recorder(plan.device.index) if plan.graphs and decoder else None
     graphs = Graphs(record) if record else None
-    engine = open_engine(backend, plan, recovery, graphs)
+    allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=False) if backend.engine != "torch" else ()
+    engine = open_engine(backend, plan, recovery, graphs, allowed)
     prepare_kernels(plan, lambda said: console.print(said, markup=False, highlight=False))
     host = in_host_memory(plan.device.kind)
     gives_back = host and plan.checkpointing and return_freed_memory()
