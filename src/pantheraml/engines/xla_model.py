@@ -110,6 +110,7 @@ class TracedModel:
         except PantheraError:
             raise
         except (OperatorNotFound, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+            # A forward written for torch alone fails in any of these ways when its tensors have no values; the cause stays chained.
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise self._refused(f"its forward does what cannot be traced: {said}") from error
         finally:
