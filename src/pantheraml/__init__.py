@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pantheraml.api import plan as plan
     from pantheraml.api import resume as resume
     from pantheraml.api import train as train
+    from pantheraml.engines.xla_optimizer import XLAOptimizer as XLAOptimizer
     from pantheraml.errors import PantheraError as PantheraError
     from pantheraml.manager import DeviceManager as DeviceManager
     from pantheraml.manager import get_device_manager as get_device_manager
@@ -39,6 +40,7 @@ _HOMES = {
     "train": "pantheraml.api",
     "DeviceManager": "pantheraml.manager",
     "get_device_manager": "pantheraml.manager",
+    "XLAOptimizer": "pantheraml.engines.xla_optimizer",
     "PantheraError": "pantheraml.errors",
     "Recipe": "pantheraml.recipe.types",
     "Run": "pantheraml.trainer.runs",

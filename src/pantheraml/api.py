@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import DataError, PantheraError, RecipeError
-from pantheraml.recipe.kinds import KINDS
+from pantheraml.recipe.kinds import KINDS, kind_of
 from pantheraml.recipe.load import load_recipe, recipe_from
 from pantheraml.recipe.types import HardwareAsk, LoRA, ModelSpec, Recipe
 from pantheraml.trainer.run import fit, isolated, survey
@@ -278,7 +278,7 @@ class _Origin:
     @property
     def on_host(self) -> bool:
         """Whether the model waits on the host for a device on which torch has no tensors."""
-        return self.device in KINDS and KINDS[self.device].family == "tpu"
+        return self.device in KINDS and KINDS[self.device].engine == "xla"
 
 
 def _checkpointing(args: TrainingArguments, origin: _Origin) -> str:
@@ -299,7 +299,12 @@ def _origin(model: Any) -> _Origin:
         if isinstance(found, _Origin):
             return found
     name = str(model.config.name_or_path or "model")
-    return _Origin(spec=ModelSpec(name=name), dtype=str(model.dtype).removeprefix("torch."), device=model.device.type)
+    return _Origin(spec=ModelSpec(name=name), dtype=str(model.dtype).removeprefix("torch."), device=_kind(model))
+
+
+def _kind(model: Any) -> str:
+    """The kind of the device that a model is on; torch's name for it where it is none of ours."""
+    return kind_of(model.device.type) or model.device.type
 
 
 def _with_savers(model: Any) -> Any:
@@ -433,14 +438,16 @@ class Trainer:
         """Train in place, and return the run. With `resume_from_checkpoint`, go on from its newest sound checkpoint."""
         from pantheraml.hardware.backend import backend_of
         from pantheraml.models.quantize import to_eight_bits
-        from pantheraml.trainer.folder import PLAN, open_folder, write_json
+        from pantheraml.trainer.folder import PLAN, write_json
+        from pantheraml.trainer.hosts import agreed, opened
         from pantheraml.trainer.resume import stored_plan
         from pantheraml.trainer.run import default_console
 
-        console = self.console or default_console()
-        with open_folder(self.recipe, resume=resume_from_checkpoint) as (folder, recipe):
+        with opened(self.recipe, resume=resume_from_checkpoint, console=self.console or default_console()) as begun:
+            folder, recipe, console, world = begun.folder, begun.recipe, begun.console, begun.world
             view = survey(
                 recipe,
+                found=begun.found,
                 folder=folder,
                 console=console,
                 rows=self._train_rows,
@@ -448,15 +455,15 @@ class Trainer:
                 model=self.model,
                 tokenizer=self.tokenizer,
             )
-            planned = stored_plan(folder, view.plan, recipe, console) if resume_from_checkpoint else view.plan
+            planned = agreed(stored_plan(folder, view.plan, recipe, console) if resume_from_checkpoint else view.plan, world)
             backend = backend_of(planned.device)
             if (planned.quantizer == "int8" or planned.quantizer == "fp8") and backend.engine == "torch":
                 to_eight_bits(self.model, planned.quantizer)  # which get_peft_model has done, unless PEFT made the adapter
-            planned = isolated(self.model, planned, recipe, console)
+            planned = agreed(isolated(self.model, planned, recipe, console), world)
             backend.set_threads(planned.threads)
             write_json(folder / PLAN, planned.to_dict())
             self._keep_base(folder)
-            return fit(replace(view, plan=planned), self.model, backend, folder, console)
+            return fit(replace(view, plan=planned), self.model, backend, folder, console, begun)
 
     def _keep_base(self, folder: Path) -> None:
         """An adapter on a model that exists only here is useless without it, so its base is written beside it."""
@@ -517,7 +524,7 @@ class Trainer:
             },
             "eval": {} if args.eval_steps is None else {"every": args.eval_steps},
             "hardware": {
-                "kind": origin.device if origin.on_host else self.model.device.type,
+                "kind": origin.device if origin.on_host else _kind(self.model),
                 "index": self.model.device.index or 0,
                 "checkpointing": _checkpointing(args, origin),
             },

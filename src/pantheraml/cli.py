@@ -80,18 +80,25 @@ def plan(
     device: Annotated[
         str | None, typer.Option(metavar="SLICE", help="A TPU slice that is not here (v5e-8, v5p-4x4x4, 2*v6e-8): compile a step for it.")
     ] = None,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="With --device: compile for cheaper slices too, until one fits. Takes minutes more.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print what a run would do, and why, before any weight is loaded."""
     if device is None:
+        if suggest:
+            raise RecipeError("--suggest needs --device", why="it compares slices of TPUs with the one you name", fix="add --device v5e-8")
         return _print_plan(_recipe(words), as_json)
     recipe = _recipe(words)
-    # libtpu looks for a TPU's metadata server otherwise, and talks to standard error.
-    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"})
+    # libtpu looks for a TPU's metadata server and for other users of it otherwise, and talks to standard error.
+    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+    for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}.items():
+        os.environ.setdefault(name, value)
     with _working():
         from pantheraml.trainer.ahead import plan_ahead
 
-        found = plan_ahead(recipe, device)
+        found = plan_ahead(recipe, device, suggest=suggest, announce=lambda said: _err().print(said, markup=False, highlight=False))
     if as_json:
         return _print_json(found.to_dict())
     _print_lines(found.lines())
@@ -408,7 +415,9 @@ def _train(recipe: Recipe, *, resume: bool, as_json: bool) -> None:
         from pantheraml.trainer.run import train as run_recipe
 
         run = run_recipe(recipe, resume=resume, console=_err())
-    report = run.report or {}
+    report = run.report
+    if report is None:
+        return None  # the first host of several keeps it, and says all of this
     if as_json:
         return _print_json(report)
     held, folder = report["eval"], run.folder

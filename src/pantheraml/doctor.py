@@ -24,6 +24,7 @@ from pantheraml.kernels import native
 from pantheraml.kernels.table import CPU_ROOM, OPERATIONS, installed
 from pantheraml.models.quantize import available
 from pantheraml.planning.memory import format_bytes
+from pantheraml.recipe.kinds import KINDS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -131,6 +132,10 @@ class DoctorReport:
         if current:
             if current.facts.simulated:
                 advice.append(f"{self.device} is simulated: its speed and memory say nothing about a real one")
+            if KINDS[current.facts.kind].unproven:
+                advice.append(
+                    f"{self.device} is unproven: nothing of PantheraML has run on one yet, so compare a short run with another device"
+                )
             if not current.quantizers and versions.get("bitsandbytes") is None and backend_of(current.facts).quantizers:
                 advice.append("pip install bitsandbytes: models of up to four times the size fit with model.load_in_4bit=true")
             if current.measured is None and not current.facts.simulated:
@@ -182,7 +187,8 @@ class DoctorReport:
 def report(runs_folder: str = "runs", *, bench: bool = False) -> DoctorReport:
     """Look at everything. Takes about as long as importing torch, and with `bench` a few seconds more a device."""
     settings = read_settings()
-    inventory = detect(simulate_tpu=bool(settings.simulate_tpu))
+    named = (settings.device_type or settings.prefer or "auto").strip().lower().partition(":")[0]
+    inventory = detect(simulate_tpu=bool(settings.simulate_tpu), named=named)
     chosen: Device | None = None
     try:
         found = find(inventory=inventory)

@@ -27,7 +27,7 @@ from pantheraml.hardware.speed import remembered
 from pantheraml.planning.batch import BatchConfig, batch_by_factor, batch_by_shape
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.workload import Choice, Estimate, Objective, Profile, Workload, choose, estimate
-from pantheraml.recipe.kinds import in_host_memory, kinds_meant
+from pantheraml.recipe.kinds import in_host_memory
 from pantheraml.recipe.types import HardwareAsk
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def get_device_manager(
     """Look at this machine, and choose a device. Arguments are honoured on every call; each call looks anew.
 
     Args:
-        prefer: auto, cpu, gpu, tpu, cuda, xpu, mps, or one device (`cuda:1`). None: what `hardware` says, then the
+        prefer: auto, gpu, a kind (cpu, tpu, torch_tpu, cuda, xpu, mps), or one device (`cuda:1`). None: what `hardware` says, then the
             environment (PANTHERAML_DEVICE_TYPE or COMPUTE_PREFER), then auto.
         allow_tpu, allow_cpu: whether auto may take one; None: as above (COMPUTE_ALLOW_TPU, PANTHERAML_ALLOW_CPU), then yes.
         usd_per_hour: your own prices, by device ("cuda:0") or kind ("cpu").
@@ -343,7 +343,7 @@ def get_device_manager(
     ask = (hardware or HardwareAsk()).model_copy(update=said)
     complete, _ = read_settings().over(ask)
     # All kinds are looked for whatever is asked: a manager can go over to another device later.
-    everything = detect(kinds_meant("auto"), simulate_tpu=complete.simulate_tpu) if inventory is None else inventory
+    everything = detect(simulate_tpu=complete.simulate_tpu, named=complete.kind) if inventory is None else inventory
     found = find(ask, inventory=everything, training=False, asked_by=None if prefer is None else f"prefer={prefer!r}")
     return DeviceManager(found, usd_per_hour=usd_per_hour)
 

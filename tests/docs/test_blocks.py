@@ -70,6 +70,11 @@ def check_page(page, monkeypatch, capsys):
                     else:
                         code, said = run(line, monkeypatch, capsys)
                         assert code == 0, f"{line}\n{said}"
+            case "shell":  # for other machines
+                for line in text.splitlines():
+                    check_command(line, monkeypatch, capsys)
+            case "hosts":  # run by tests/xla/test_hosts.py
+                assert page.name == "tpu.md"
             case "console":
                 command, _, expected = text.removeprefix("$ ").partition("\n")
                 code, said = run(command, monkeypatch, capsys)
@@ -88,6 +93,26 @@ def check_page(page, monkeypatch, capsys):
                 assert page.name == "architecture.md"
             case _:
                 pytest.fail(f"{page.name}: a block of {language or 'nothing'} is run by nobody")
+
+
+def check_command(line: str, monkeypatch, capsys) -> None:
+    """As far as it can be tried here: what is installed is there to be installed, and what is trained can be planned."""
+    words = shlex.split(line)
+    match words[0]:
+        case "gcloud":
+            for inner in (word.removeprefix("--command=") for word in words if word.startswith("--command=")):
+                check_command(inner, monkeypatch, capsys)
+        case "pip":
+            asked = re.fullmatch(r"pantheraml\[(\w+)\]", words[-1])
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert words[1] == "install" and asked and asked[1] in extras
+        case "pantheraml" if words[1] == "train":
+            given = [word for word in words[2:] if not word.startswith("--")]
+            code, said = run(shlex.join(["pantheraml", "plan", *given, "hardware.simulate_tpu=true"]), monkeypatch, capsys)
+            assert code == 0, f"{line}\n{said}"
+        case _:
+            code, said = run(line, monkeypatch, capsys)
+            assert code == 0, f"{line}\n{said}"
 
 
 def test_the_plan_of_the_house_shows_the_floors_that_are_enforced():

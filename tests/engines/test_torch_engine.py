@@ -110,6 +110,25 @@ def test_a_step_does_not_depend_on_the_layout(layout: str, usual: Any, small: An
     assert difference(gradients, usual[1]) < 1e-5
 
 
+def test_where_each_shape_is_compiled_all_micro_batches_have_one(
+    usual: Any, small: Any, plan_of: Callable[..., Plan], examples: list[Example]
+) -> None:
+    model, step, shapes = small(), batch(examples), set[Any]()
+    assert len({each.label_count for each in step.micro}) > 1
+    loss = sft_loss(model, static=True)
+
+    def watched(of: Any, micro: Any) -> torch.Tensor:
+        shapes.add((micro.input_ids.shape, micro.labelled.shape))
+        return loss(of, micro)
+
+    engine = TorchEngine(FakeBackend("cpu", static_shapes=True))
+    engine.prepare(model, watched, OptimSpec(clip_norm=0.0), plan_of(model), seed=1)
+    (values,) = engine.read([engine.step(step, 0, 1e-2)])
+    assert shapes == {((2, 32), (64,))}
+    assert values.loss == pytest.approx(usual[0].loss, rel=1e-6)
+    assert difference(grads(model), usual[1]) < 1e-5  # as in another layout
+
+
 def test_a_step_does_not_depend_on_the_order_of_its_examples(usual: Any, small: Any, prepared: Prepared, examples: list[Example]) -> None:
     values, gradients, _ = stepped(small(), prepared, batch(examples[::-1]))
     assert values.loss == pytest.approx(usual[0].loss, rel=1e-6)

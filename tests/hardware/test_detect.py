@@ -12,7 +12,7 @@ def test_detect_finds_the_cpu_and_gives_a_reason_for_each_kind_that_is_not_here(
     inventory = detect()
     assert inventory.devices[-1].kind == "cpu"
     kinds = {device.kind for device in inventory.devices} | {absent.kind for absent in inventory.absent}
-    assert kinds == {"tpu", "cuda", "xpu", "mps", "cpu"}
+    assert kinds == {"tpu", "torch_tpu", "cuda", "xpu", "mps", "cpu"}
     assert all(absent.why and absent.fix for absent in inventory.absent)
 
 

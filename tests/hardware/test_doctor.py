@@ -140,6 +140,13 @@ def test_a_simulated_device_is_marked(tmp_path: Path) -> None:
     assert any("is simulated" in advice for advice in seen.recommendations)
 
 
+def test_a_device_on_which_nothing_of_ours_has_run_is_marked(tmp_path: Path) -> None:
+    device = replace(fake_device("torch_tpu", name="TPU v6e"), simulated=False)
+    seen = of(examine(device, None, tmp_path, backend=FakeBackend("torch_tpu")), device="torch_tpu:0")
+    assert "torch_tpu:0 is unproven: nothing of PantheraML has run on one yet" in " ".join(seen.recommendations)
+    assert "unproven" in shown(seen)
+
+
 def test_a_measurement_that_cannot_be_kept_is_shown_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("PANTHERAML_CACHE", str(tmp_path / "file"))

@@ -36,10 +36,10 @@ def machine(*kinds: str, untrained: tuple[str, ...] = ()) -> Inventory:
 
 
 def expected(prefer: str, here: tuple[str, ...], *, allow_tpu: bool, allow_cpu: bool) -> str | None:
-    """The rule of the issue, written again: TPU, CUDA, XPU, MPS, CPU; a kind that is named is taken or refused."""
+    """The rule of the issue, written again: TPU (JAX, then torch), CUDA, XPU, MPS, CPU; a kind that is named is taken or refused."""
     if prefer == "auto":
-        order = [kind for kind in ("tpu", "cuda", "xpu", "mps", "cpu") if kind in here]
-        order = [kind for kind in order if (kind != "tpu" or allow_tpu) and (kind != "cpu" or allow_cpu)]
+        order = [kind for kind in ("tpu", "torch_tpu", "cuda", "xpu", "mps", "cpu") if kind in here]
+        order = [kind for kind in order if ("tpu" not in kind or allow_tpu) and (kind != "cpu" or allow_cpu)]
         return order[0] if order else None
     if prefer == "gpu":
         return next((kind for kind in GPUS if kind in here), None)

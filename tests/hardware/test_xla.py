@@ -14,8 +14,8 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware import xla
 from pantheraml.hardware.detect import detect
 from pantheraml.hardware.device import Absent, Device
-from pantheraml.hardware.tpu import TpuEnvironment, device_files, seen_on_pci
-from pantheraml.hardware.xla import Answer, Core, XlaBackend, ask_apart, duty_cycle
+from pantheraml.hardware.tpu import TpuEnvironment, device_files, duty_cycle, seen_on_pci
+from pantheraml.hardware.xla import Answer, Core, XlaBackend, ask_apart
 
 GIB = 1 << 30
 NOTHING = TpuEnvironment.model_construct()

@@ -258,7 +258,7 @@ def test_broken_file_says_where_and_what_to_do(said, text, what, fix):
         ("model.dtype=bf16", 'model.dtype must be one of auto, float32, bfloat16, float16, got "bf16"', "did you mean bfloat16?"),
         (
             "hardware.kind=npu",
-            'hardware.kind must be one of auto, gpu, tpu, cuda, xpu, mps, cpu, got "npu"',
+            'hardware.kind must be one of auto, gpu, tpu, torch_tpu, cuda, xpu, mps, cpu, got "npu"',
             'leave it out to have the default, "auto"',
         ),
         ("adapter=ful", 'adapter.kind must be one of lora, full, got "ful"', "did you mean full?"),

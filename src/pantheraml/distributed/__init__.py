@@ -13,20 +13,32 @@ if TYPE_CHECKING:
     from pantheraml.distributed.multi_tpu import get_tpu_status as get_tpu_status
     from pantheraml.distributed.multi_tpu import setup_multi_tpu as setup_multi_tpu
     from pantheraml.distributed.multi_tpu import synchronize_tpu as synchronize_tpu
+    from pantheraml.distributed.tpu_config import TPUConfigManager as TPUConfigManager
+    from pantheraml.distributed.tpu_config import cleanup_tpu_training as cleanup_tpu_training
+    from pantheraml.distributed.tpu_config import setup_tpu_training as setup_tpu_training
+    from pantheraml.distributed.tpu_memory import TPUMemoryManager as TPUMemoryManager
+    from pantheraml.distributed.tpu_memory import optimize_tpu_memory as optimize_tpu_memory
+    from pantheraml.hardware.recovery import TPUErrorHandler as TPUErrorHandler
 
-_NAMES = (
-    "MultiTPUConfig",
-    "cleanup_multi_tpu",
-    "get_tpu_device",
-    "get_tpu_memory_info",
-    "get_tpu_status",
-    "setup_multi_tpu",
-    "synchronize_tpu",
-)
-__all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
+_HOMES = {
+    "MultiTPUConfig": "pantheraml.distributed.multi_tpu",
+    "cleanup_multi_tpu": "pantheraml.distributed.multi_tpu",
+    "get_tpu_device": "pantheraml.distributed.multi_tpu",
+    "get_tpu_memory_info": "pantheraml.distributed.multi_tpu",
+    "get_tpu_status": "pantheraml.distributed.multi_tpu",
+    "setup_multi_tpu": "pantheraml.distributed.multi_tpu",
+    "synchronize_tpu": "pantheraml.distributed.multi_tpu",
+    "TPUConfigManager": "pantheraml.distributed.tpu_config",
+    "cleanup_tpu_training": "pantheraml.distributed.tpu_config",
+    "setup_tpu_training": "pantheraml.distributed.tpu_config",
+    "TPUMemoryManager": "pantheraml.distributed.tpu_memory",
+    "optimize_tpu_memory": "pantheraml.distributed.tpu_memory",
+    "TPUErrorHandler": "pantheraml.hardware.recovery",
+}
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    if name not in _HOMES:
         raise AttributeError(f"module 'pantheraml.distributed' has no attribute {name!r}")
-    return getattr(import_module("pantheraml.distributed.multi_tpu"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -11,10 +11,12 @@ trainer.train()
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pantheraml.errors import DeviceError
+from pantheraml.distributed.world import open_world
+from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.backend import MemoryUse
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.settings import read_settings
@@ -22,6 +24,8 @@ from pantheraml.hardware.xla import XlaBackend
 from pantheraml.hardware.xla_mesh import open_mesh
 from pantheraml.planning.sharding import format_mesh, mesh_axes
 from pantheraml.recipe.types import HardwareAsk
+
+_log = logging.getLogger("pantheraml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,16 @@ class MultiTPUConfig:
     tp: int = 1
     simulate: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Raises: RecipeError for what is no number of devices."""
+        for name in ("num_cores", "dcn", "dp", "fsdp", "tp"):
+            value: object = getattr(self, name)
+            open_ended = value is None and name in ("num_cores", "fsdp")
+            if not open_ended and not (type(value) is int and value > 0):
+                raise RecipeError(
+                    f"MultiTPUConfig({name}={value!r}) is no number of devices", why="there is at least one", fix=f"set {name} to 1 or more"
+                )
+
     @property
     def simulated(self) -> bool:
         """Whether the CPU is to stand in, by this configuration or by the environment."""
@@ -50,10 +64,10 @@ class MultiTPUConfig:
         """The same as keys of a recipe's `hardware`."""
         return {
             "kind": XlaBackend.kind,
-            "devices": self.num_cores or "auto",
+            "devices": "auto" if self.num_cores is None else self.num_cores,
             "dcn": self.dcn,
             "dp": self.dp,
-            "fsdp": self.fsdp or "auto",
+            "fsdp": "auto" if self.fsdp is None else self.fsdp,
             "tp": self.tp,
             "simulate_tpu": self.simulated,
         }
@@ -74,20 +88,32 @@ _opened = _Opened()
 def setup_multi_tpu(config: MultiTPUConfig | None = None) -> dict[str, Any]:
     """Take the chips for this process, and say what they are: `get_tpu_status`. Training does it by itself as well.
 
+    On a slice of several hosts, each of them calls it, and waits for the others.
     Raises: DeviceError if there are none, or fewer than asked for; RecipeError if the axes do not fit the number.
     """
-    config = config or MultiTPUConfig()
-    backend = XlaBackend(simulate=config.simulated)
-    answer = backend.probe()
+    config = MultiTPUConfig() if config is None else config
+    if not isinstance(config, MultiTPUConfig):
+        raise RecipeError(
+            f"setup_multi_tpu({config!r}) is not possible", why="it takes a MultiTPUConfig", fix="pass MultiTPUConfig(num_cores=8)"
+        )
+    devices = probed(config)
+    ask = HardwareAsk.model_validate(config.hardware())
+    axes, _ = mesh_axes(ask, devices[0], Inventory(devices=devices))
+    open_world(devices[0], _log.warning)
+    mesh = open_mesh(axes, simulate=config.simulated, cache=read_settings().cache)
+    _opened.backend, _opened.mesh = XlaBackend(simulate=config.simulated), mesh
+    here = mesh.size // devices[0].hosts
+    _opened.devices = tuple(replace(devices[min(index, len(devices) - 1)], index=index) for index in range(here))
+    return get_tpu_status()
+
+
+def probed(config: MultiTPUConfig) -> tuple[Device, ...]:
+    """The devices of this host. Raises: DeviceError if there are none."""
+    answer = XlaBackend(simulate=config.simulated).probe()
     if not isinstance(answer, tuple):
         simulated = "; or let the CPU stand in: MultiTPUConfig(simulate=True)"
         raise DeviceError("no TPU answered", why=answer.why, fix=answer.fix + simulated)
-    ask = HardwareAsk.model_validate(config.hardware())
-    axes, _ = mesh_axes(ask, answer[0], Inventory(devices=answer))
-    mesh = open_mesh(axes, simulate=config.simulated, cache=read_settings().cache)
-    _opened.backend, _opened.mesh = backend, mesh
-    _opened.devices = tuple(replace(answer[min(index, len(answer) - 1)], index=index) for index in range(mesh.size))
-    return get_tpu_status()
+    return answer
 
 
 def cleanup_multi_tpu() -> None:
@@ -96,11 +122,12 @@ def cleanup_multi_tpu() -> None:
 
 
 def get_tpu_status() -> dict[str, Any]:
-    """What is set up: `ready`, `devices` (how many), `mesh`, `name`, `topology`, `simulated`."""
+    """What is set up: `ready`, `devices` (how many, on all hosts), `hosts`, `mesh`, `name`, `topology`, `simulated`."""
     devices = _opened.devices
     return {
         "ready": bool(devices),
-        "devices": len(devices),
+        "devices": _opened.mesh.size if devices else 0,
+        "hosts": devices[0].hosts if devices else None,
         "mesh": format_mesh(dict(_opened.mesh.shape)) if devices else None,
         "name": devices[0].label if devices else None,
         "topology": devices[0].topology if devices else None,
@@ -109,12 +136,12 @@ def get_tpu_status() -> dict[str, Any]:
 
 
 def get_tpu_device(index: int = 0) -> Device:
-    """The facts of one device. Raises: DeviceError if it is not set up."""
-    _ready()
+    """The facts of one device of this host. Raises: DeviceError if it is not set up."""
+    ready()
     if not 0 <= index < len(_opened.devices):
         raise DeviceError(
             f"there is no {XlaBackend.kind}:{index}",
-            why=f"{len(_opened.devices)} devices are set up",
+            why=f"{len(_opened.devices)} devices of this host are set up",
             fix=f"ask for 0 to {len(_opened.devices) - 1}",
         )
     return _opened.devices[index]
@@ -122,16 +149,17 @@ def get_tpu_device(index: int = 0) -> Device:
 
 def synchronize_tpu() -> None:
     """Wait until the devices have done what they were given. Raises: DeviceError if none is set up."""
-    _ready().synchronize()
+    ready().synchronize()
 
 
 def get_tpu_memory_info(index: int = 0) -> dict[str, int | None]:
     """Bytes on one device; None where JAX does not tell. Keys: those of `MemoryUse`. Of simulated devices, the process's memory."""
-    use: MemoryUse = _ready().memory(get_tpu_device(index).index)
+    use: MemoryUse = ready().memory(get_tpu_device(index).index)
     return asdict(use)
 
 
-def _ready() -> XlaBackend:
+def ready() -> XlaBackend:
+    """The backend of what is set up. Raises: DeviceError if nothing is."""
     if _opened.backend is None:
         raise DeviceError("no TPU is set up", why="setup_multi_tpu has not been called in this process", fix="call setup_multi_tpu() first")
     return _opened.backend

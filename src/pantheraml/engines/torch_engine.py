@@ -191,7 +191,10 @@ class TorchEngine:
         """
         for arrays in divided(micro, parts):
             made = micro_tensors(
-                *(lengthened(*arrays, most=self._plan.micro_tokens) if again else arrays), self._device, pinned=self._backend.pinned_memory
+                *(lengthened(*arrays, most=self._plan.micro_tokens) if again else arrays),
+                self._device,
+                pinned=self._backend.pinned_memory,
+                static=self._backend.static_shapes,
             )
             yield recurring(made) if again else made
 
@@ -231,9 +234,20 @@ class TorchEngine:
 
 
 def micro_tensors(
-    input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, device: torch.device, *, pinned: bool = False
+    input_ids: np.ndarray,
+    position_ids: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+    *,
+    pinned: bool = False,
+    static: bool = False,
 ) -> MicroTensors:
-    """Rows [B, T] of a micro-batch on a device, with what the host knows of them. pinned: see `Backend.pinned_memory`."""
+    """Rows [B, T] of a micro-batch on a device, with what the host knows of them.
+
+    Args:
+        pinned: see `Backend.pinned_memory`.
+        static: see `Backend.static_shapes`; every token goes to the loss, where one without a label counts nothing.
+    """
 
     def there(array: np.ndarray) -> Tensor:
         here = torch.from_numpy(np.ascontiguousarray(array))
@@ -246,7 +260,7 @@ def micro_tensors(
         labels=there(labels),
         starts=there(starts),
         longest=longest,
-        labelled=there(labelled_tokens(labels)),
+        labelled=there(np.arange(labels.size) if static else labelled_tokens(labels)),
     )
 
 

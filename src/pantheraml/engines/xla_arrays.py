@@ -64,9 +64,14 @@ class Spread:
         self.heads = self.over(axes, "tp" if "tp" in mesh.axis_names else None)
 
     @property
-    def on_tpus(self) -> bool:
-        """Whether the devices are TPUs, here or not."""
-        return self.mesh.devices.flat[0].platform == "tpu"
+    def has_flash(self) -> bool:
+        """Whether the devices, here or not, are TPUs whose compiler takes JAX's attention kernel."""
+        device = self.mesh.devices.flat[0]
+        return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
+
+    def full_rows(self, rows: int) -> int:
+        """So many that each part has as many, some of them empty."""
+        return -(-rows // self.shares) * self.shares
 
     def over(self, *axes: Any) -> NamedSharding:
         """By the axis, or axes, over which each dimension is spread."""
@@ -144,9 +149,23 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def to_torch(array: Any) -> Tensor:
-    """A copy of an array as a tensor on the host."""
-    host = np.asarray(array)
+def fetched(array: Any) -> np.ndarray:
+    """The whole of an array; of one that lies on several hosts each of them gets it, so all must ask."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def fetched_members(array: Any) -> Iterator[np.ndarray]:
+    """The parts of a stacked one. Of several hosts they are gathered one by one: devices hold no more than one whole."""
+    here = array.is_fully_addressable or array.is_fully_replicated
+    yield from np.asarray(array) if here else (fetched(array[i]) for i in range(len(array)))
+
+
+def to_torch(host: np.ndarray) -> Tensor:
+    """A copy of an array of the host as a tensor."""
     if host.dtype == jnp.bfloat16:
         return torch.from_numpy(np.array(host.view(np.int16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(host))

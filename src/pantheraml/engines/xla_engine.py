@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 
-from pantheraml.data.pack import IGNORED, MicroBatch, StepBatch
+from pantheraml.data.pack import StepBatch
 from pantheraml.engines.adamw import one_step
 from pantheraml.engines.engine import LossFn, State, StepMetrics, StepValues, check_fits
 from pantheraml.engines.xla_adamw import MOMENTS, update
 from pantheraml.engines.xla_ahead import Compiled, told
 from pantheraml.engines.xla_answers import continued
-from pantheraml.engines.xla_arrays import Arrays, Spread, Store, in_eight_bits, to_torch, used
+from pantheraml.engines.xla_arrays import Arrays, Spread, Store, fetched, fetched_members, in_eight_bits, to_torch, used
 from pantheraml.engines.xla_model import TracedModel
+from pantheraml.engines.xla_rows import ladder, shapes_of, stacked
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.generate import BATCH_ROWS, stop_tokens
@@ -74,7 +75,7 @@ class XlaEngine:
         self._weights: Arrays = {name: arrays.pop(name) for name in self._trained}
         self._frozen: Arrays = arrays
         self._functions: dict[str, Any] = {}
-        self._called: dict[str, Any] = {}
+        self._declared = shapes_of(plan, self._spread)
         self._moments: dict[str, Arrays] = {} if optim is None else {moment: self._zeros() for moment in MOMENTS}
         self._done = self._everywhere(np.zeros((), np.int32))
         self._halted = self._everywhere(np.zeros((), np.bool_))
@@ -106,9 +107,11 @@ class XlaEngine:
         return self.traced.loss({**frozen, **cast}, ids, positions, labels, key, train=train)
 
     def _sum_gradients(
-        self, weights: Arrays, frozen: Arrays, gradients: Arrays, total: Any, batches: Any, count: Any, labels: Any, key: Any
+        self, weights: Arrays, frozen: Arrays, gradients: Arrays, total: Any, batches: Any, count: Any, labels: Any, k: Any
     ) -> tuple[Arrays, Any]:
-        """(gradients, total) and what the first `count` micro-batches add to them. batches: [A, B, T] each."""
+        """(gradients, total) and what the first `count` micro-batches of step k add to them. batches: [A, B, T] each."""
+        # Micro-batches count from 0 in each shape.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), k), math.prod(batches[0].shape[1:]))
 
         def add(i: Any, so_far: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
             gradients, total = so_far
@@ -134,13 +137,10 @@ class XlaEngine:
 
     def _run(self, phase: str, shape: tuple[int, ...], *args: Any) -> Any:
         """What the compiled function of a phase, for micro-batches of a shape, gives for these arguments."""
-        name, function = self._function(phase, shape)
-        if name not in self._called:
-            self._called[name] = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(np.shape(arg), jnp.result_type(arg)), args)
-        return function(*args)
+        return self._function(phase, shape)(*args)
 
-    def _function(self, phase: str, shape: tuple[int, ...]) -> tuple[str, Any]:
-        """Its name, and the function that is compiled when it is called first."""
+    def _function(self, phase: str, shape: tuple[int, ...]) -> Any:
+        """It is compiled when it is called first."""
         name = phase + "".join(f" {'x'.join(map(str, shape))}" if shape else "")
         if name not in self._functions:
             trained = {each: self._store.of(each) for each in self._trained}
@@ -174,36 +174,50 @@ class XlaEngine:
             }[phase]
             fun = how.pop("fun")
 
+            first: dict[str, str] = {}
+
             def counted(*args: Any) -> Any:
                 self.compilations[name] += 1  # JAX calls it when it traces, and never again
+                self._report(name, shape if phase in ("gradients", "losses") else None, args, first)
                 return fun(*args)
 
             counted.__name__ = name.replace(" ", "_")
             self._functions[name] = jax.jit(counted, **how)
-        return name, self._functions[name]
+        return self._functions[name]
+
+    def _report(self, name: str, shape: tuple[int, ...] | None, args: Any, first: dict[str, str]) -> None:
+        """Say which shape is the cause, where something is compiled that need not be.
+
+        Args:
+            shape: of the micro-batches, if it has any. first: the arguments of its first compilation, which are filled in here.
+        """
+        given = {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(args)}
+        if shape is not None and shape not in self._declared and not first:
+            known = ", ".join("x".join(map(str, each)) for each in sorted(self._declared))
+            self._recovery.note(f"{name} is compiled, a shape that the plan does not have ({known}): that takes time, once")
+        if first:
+            other = (f"argument {where} was {was} and is {given.get(where)}" for where, was in first.items() if given.get(where) != was)
+            self._recovery.note(f"{name} is compiled again: {next(other, 'its arguments lie elsewhere on the devices')}")
+        first.update(given)
 
     def compile_ahead(self, rows: int, tokens: int) -> tuple[Compiled, ...]:
-        """What XLA makes of the two parts of a step for this mesh, whose devices need not be here; nothing is computed.
+        """What XLA makes of the two parts of a step, see `lowered`. Raises: JAX's RuntimeError if it does not fit."""
+        return tuple(told(phase, lowered, beside) for phase, (lowered, beside) in self.lowered(rows, tokens).items())
+
+    def lowered(self, rows: int, tokens: int) -> dict[str, tuple[Any, Any]]:
+        """Phase -> what JAX has for the compiler, and what waits on the devices meanwhile. They need not be here; nothing is computed.
 
         Args:
             rows, tokens: of a micro-batch.
-        Raises: JAX's RuntimeError if it does not fit.
         """
         batches = tuple(self._store.from_host(np.empty((1, rows, tokens), np.int32), self._spread.batches) for _ in range(3))
         number, count = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((), np.int32)
-        key = jax.eval_shape(lambda: jax.random.key(0))
         zeros, total = self._zeros(), self._everywhere(np.zeros((), np.float32))
         phases = {
-            "gradients": ((rows, tokens), (self._weights, self._frozen, zeros, total, batches, count, number, key), self._moments),
+            "gradients": ((rows, tokens), (self._weights, self._frozen, zeros, total, batches, count, number, count), self._moments),
             "update": ((), (self._weights, self._moments, self._done, self._halted, zeros, total, number, number), self._frozen),
         }
-        return tuple(told(phase, self._function(phase, shape)[1].lower(*args), beside) for phase, (shape, args, beside) in phases.items())
-
-    def hlo(self, phase: str) -> str:
-        """What XLA made of the first function of a phase that was called; it is compiled once more."""
-        name = next(name for name in self._functions if name.startswith(phase))
-        text: str = self._functions[name].lower(*self._called[name]).compile().as_text()
-        return text
+        return {phase: (self._function(phase, shape).lower(*args), beside) for phase, (shape, args, beside) in phases.items()}
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -231,18 +245,21 @@ class XlaEngine:
 
     def _gradients(self, doing: str, batch: StepBatch, k: int) -> tuple[Arrays, Any]:
         """The gradients of the mean loss of step k, and the sum of its losses."""
-        key = jax.random.fold_in(jax.random.key(self._seed), k)
         labels = np.float32(max(1, batch.label_count))
         gradients, total = {}, None
-        for attempt in self._recovery.attempts(doing, (1,), relief=self.lower):
+        for attempt in self._recovery.attempts(doing, ladder(batch.micro, self._spread), relief=self.lower):
             with attempt:
                 gradients, total = self._zeros(), self._everywhere(np.zeros((), np.float32))
-                for shape, arrays, count in self._stacked(batch.micro):
+                for shape, arrays, count in self._stacked(batch, attempt.parts):
                     self._check_used(shape)
-                    own = jax.random.fold_in(key, math.prod(shape))  # micro-batches count from 0 in each shape
-                    given = (self._weights, self._frozen, gradients, total, arrays, count, labels, own)
+                    given = (self._weights, self._frozen, gradients, total, arrays, count, labels, np.int32(k))
                     gradients, total = self._run("gradients", shape, *given)
         return gradients, total
+
+    def _stacked(self, batch: StepBatch, parts: int) -> Iterator[tuple[tuple[int, ...], Any, Any]]:
+        """See `stacked`, with the arrays on the devices."""
+        for shape, arrays, count in stacked(batch.micro, parts, self._spread, batch_size=self._plan.batch_size):
+            yield shape, tuple(self._store.from_host(array, self._spread.batches) for array in arrays), np.int32(count)
 
     def _check_used(self, shape: tuple[int, ...]) -> None:
         """Raises: PantheraError if the loss does not depend on a parameter that trains; looked at once."""
@@ -259,24 +276,6 @@ class XlaEngine:
             )
         self._checked = True
 
-    def _stacked(self, micro: Sequence[MicroBatch]) -> list[tuple[tuple[int, ...], Any, np.ndarray]]:
-        """(shape, arrays [A, B, T], how many of the A are there) for each shape among micro-batches; A is the most that a step can have."""
-        shapes: dict[tuple[int, ...], list[MicroBatch]] = {}
-        for each in micro:
-            shapes.setdefault(each.input_ids.shape, []).append(each)
-        found = []
-        for (height, tokens), those in shapes.items():
-            rows = -(-height // self._spread.shares) * self._spread.shares
-            most = max(len(those), -(-self._plan.batch_size // height))
-            empty = {"input_ids": 0, "position_ids": np.arange(tokens), "labels": IGNORED}
-            arrays = {name: np.full((most, rows, tokens), filler, np.int32) for name, filler in empty.items()}
-            for name, array in arrays.items():
-                for i, each in enumerate(those):
-                    array[i, :height] = getattr(each, name)
-            placed = tuple(self._store.from_host(array, self._spread.batches) for array in arrays.values())
-            found.append(((rows, tokens), placed, np.int32(len(those))))
-        return found
-
     def read(self, metrics: Sequence[StepMetrics]) -> list[StepValues]:
         """See `Engine.read`."""
         pairs = jax.device_get([(each.loss, each.grad_norm) for each in metrics])
@@ -285,11 +284,12 @@ class XlaEngine:
     def evaluate(self, batches: Sequence[StepBatch]) -> float:
         """See `Engine.evaluate`."""
         total: Any = 0.0
-        for attempt in self._recovery.attempts("an evaluation", (1,), relief=self.lower):
+        every = ladder([each for batch in batches for each in batch.micro], self._spread)
+        for attempt in self._recovery.attempts("an evaluation", every, relief=self.lower):
             with attempt:
                 total = self._everywhere(np.zeros((), np.float32))
                 for batch in batches:
-                    for shape, arrays, count in self._stacked(batch.micro):
+                    for shape, arrays, count in self._stacked(batch, attempt.parts):
                         total = self._run("losses", shape, self._weights, self._frozen, total, arrays, count)
                 total = float(total)
         return float(total) / max(1, sum(batch.label_count for batch in batches))
@@ -303,12 +303,13 @@ class XlaEngine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), BATCH_ROWS):
             those = order[start : start + BATCH_ROWS]
-            rows = -(-_power_of_two(len(those)) // self._spread.shares) * self._spread.shares
+            rows = self._spread.full_rows(_power_of_two(len(those)))
             ids = np.zeros((rows, _power_of_two(max(len(prompts[i]) for i in those))), np.int32)
             lengths = np.ones(rows, np.int32)
             for row, i in enumerate(those):
                 ids[row, : len(prompts[i])], lengths[row] = prompts[i], len(prompts[i])
-            given = (self._weights, self._frozen, ids, lengths, stops, np.int32(len(those)))
+            placed = (self._store.from_host(array, self._spread.rows) for array in (ids, lengths))
+            given = (self._weights, self._frozen, *placed, stops, np.int32(len(those)))
             found = np.asarray(self._run("answers", (*ids.shape, max_new_tokens, len(stops)), *given))
             for i, tokens in zip(those, found, strict=False):
                 end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
@@ -338,8 +339,8 @@ class XlaEngine:
         """Tensors of the model by their names, from arrays like the trained ones."""
         found = []
         for name, slot in self._trained.items():
-            whole = to_torch(arrays[name])
-            found += [(member, whole[i].clone() if slot.stacked else whole) for i, member in enumerate(slot.members)]
+            parts = fetched_members(arrays[name]) if slot.stacked else [fetched(arrays[name])]
+            found += [(member, to_torch(part)) for member, part in zip(slot.members, parts, strict=True)]
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Letters: B rows, S places of a cache, K key heads, W width of a head, G turns of
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,16 @@ def places_of(model: nn.Module, causal: Any) -> Places:
     above = next(name for name, part in model.named_modules() if part is backbone)
     owner, _, attribute = within.rpartition(".")
     kinds = [_kind(layer) for layer in layers]
+    alike = not any(_takes_its_own(layer) for layer in layers)
     period = next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
     turns = len(kinds) // period
     prefix = ".".join(part for part in (above, within) if part) + "."
-    return Places(backbone.get_submodule(owner), attribute, prefix, layers, period, turns * period if turns > 1 else 0)
+    return Places(backbone.get_submodule(owner), attribute, prefix, layers, period, turns * period if turns > 1 and alike else 0)
+
+
+def _takes_its_own(layer: nn.Module) -> bool:
+    """Whether a layer is called with more than its number decides: a part of the embedding, or what another layer left (Gemma 3n and 4)."""
+    return any(name.startswith(("per_layer", "ple_", "shared_", "prev_")) for name in inspect.signature(layer.forward).parameters)
 
 
 def _kind(layer: nn.Module) -> object:

@@ -1,6 +1,6 @@
 """A torch model and its loss as a function of arrays, which JAX can differentiate, compile and spread over devices.
 
-The only file that imports torchax: the model's own forward is traced with it, unchanged but for three places. Layers that are
+The model's own forward is traced, unchanged but for three places. Layers that are
 alike become one loop over their stacked weights, so that compiling takes as long for 80 layers as for 2; attention is computed
 here, since it must keep packed examples apart without a mask tensor; and the loss holds the logits of one chunk at a time.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import torch
 from jax.sharding import Mesh
 from torch import Tensor, nn
-from torchax.tensor import Environment, OperatorNotFound
 
 from pantheraml.engines.engine import LossFn, RowTensors
 from pantheraml.engines.xla_arrays import Arrays, Slot, Spread, whole
 from pantheraml.engines.xla_attention import attend, flash, flash_fits, seen_in_cache, seen_in_rows, segments_of
+from pantheraml.engines.xla_bridge import Bridge
 from pantheraml.engines.xla_layers import Cache, Caches, Member, Period, places_of, star
-from pantheraml.errors import DeviceError, PantheraError
+from pantheraml.errors import DeviceError
 from pantheraml.kernels.linear_cross_entropy import linear_cross_entropy
 from pantheraml.models.head import causal_model, output_head
 from pantheraml.models.load import carries_state
@@ -40,7 +40,7 @@ EXPERTS = "batched_mm"
 """Transformers' name for the experts of a mixture as one product; their grouped product has no counterpart in XLA."""
 
 
-class TracedModel:
+class TracedModel(Bridge):
     """What a model and a loss compute, for weights and a batch that are arrays.
 
     Args:
@@ -52,8 +52,8 @@ class TracedModel:
 
     def __init__(self, model: Any, loss: LossFn, spread: Spread, levels: Levels | None = None) -> None:
         _register_attention()
-        self._env = Environment()
-        self._env.override_op_definition(linear_cross_entropy, self._cross_entropy)
+        super().__init__()
+        self.define(linear_cross_entropy, self._cross_entropy)
         self._model, self._spread = model, spread
         self._call, self._read = _Call(model, loss), _Call(model, self._last_logits)
         self._causal = causal_model(model)
@@ -105,14 +105,11 @@ class TracedModel:
         self.now = step
         _tracing.append(self)
         try:
-            with self._env, self.drawing(key), _mode(self._model, train):
+            with (
+                self.computing(key, lambda said: self._refused(f"its forward does what cannot be traced: {said}")),
+                _mode(self._model, train),
+            ):
                 yield
-        except PantheraError:
-            raise
-        except (OperatorNotFound, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-            # A forward written for torch alone fails in any of these ways when its tensors have no values; the cause stays chained.
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise self._refused(f"its forward does what cannot be traced: {said}") from error
         finally:
             _tracing.pop()
             config._attn_implementation, config._experts_implementation = before, experts
@@ -137,23 +134,7 @@ class TracedModel:
     @property
     def flash_mesh(self) -> Mesh | None:
         """The devices, where they have a kernel that never holds the scores of a row."""
-        return self._spread.mesh if self._spread.on_tpus else None
-
-    def tensor(self, arrays: Any) -> Any:
-        """Arrays, in whatever they are nested, as tensors that are traced; nothing is copied."""
-        return self._env.j2t_iso(arrays)
-
-    def array(self, tensors: Any) -> Any:
-        """What `tensor` gave, as arrays."""
-        return self._env.t2j_iso(tensors)
-
-    def drawing(self, key: Any) -> AbstractContextManager[None]:
-        """Within the block, random numbers come from this key."""
-        return self._env.override_property(prng=key)
-
-    def split_key(self, count: int) -> Any:
-        """So many keys, made of the next one."""
-        return jax.random.split(self._env.get_and_rotate_prng_key(), count)
+        return self._spread.mesh if self._spread.has_flash else None
 
     # ---- Which tensors are one array --------------------------------------------------------------------------------
 

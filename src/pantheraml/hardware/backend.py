@@ -115,7 +115,7 @@ class Backend(Protocol):
 
 
 def open_backend(kind: Kind, *, simulate: bool = False) -> Backend:
-    """The backend for `kind`. Imports its file, and nothing of the others. simulate: for a TPU only, XLA on the CPU."""
+    """The backend for `kind`. Imports its file, and nothing of the others. simulate: XLA on the CPU, for a kind of its engine."""
     module, name = KINDS[kind].backend.split(":")
     make = getattr(import_module(module), name)
     backend: Backend = make(simulate=True) if simulate else make()
@@ -124,4 +124,4 @@ def open_backend(kind: Kind, *, simulate: bool = False) -> Backend:
 
 def backend_of(device: Device) -> Backend:
     """The backend that drives a device that was found."""
-    return open_backend(device.kind, simulate=device.simulated and KINDS[device.kind].family == "tpu")
+    return open_backend(device.kind, simulate=device.simulated and KINDS[device.kind].engine == "xla")

@@ -32,7 +32,8 @@ class Device:
         peak_flops: FLOP/s measured by a short matrix product in the first of `dtypes`; None if not measured.
         capability: what programs are compiled for: "9.0" on CUDA, "gfx942" on ROCm, "v5e" for a TPU.
         cores: compute units as the vendor counts them (multiprocessors, cores).
-        topology: how the chips of a TPU slice are connected ("2x4").
+        topology: how the chips of a TPU slice are connected ("2x4"). hosts: how many machines they are plugged into, each with as many;
+            only those of this one are listed.
         simulated: True for a stand-in (tests, XLA on a CPU), which every report must say.
     """
 
@@ -46,6 +47,7 @@ class Device:
     capability: str | None = None
     cores: int | None = None
     topology: str | None = None
+    hosts: int = 1
     simulated: bool = False
 
     def __str__(self) -> str:
@@ -58,8 +60,9 @@ class Device:
 
     @property
     def label(self) -> str:
-        """The name, and that it is simulated if it is: what a report shows."""
-        return f"{self.name} (simulated)" if self.simulated else self.name
+        """The name, and that it is simulated, or that nothing of ours has run on its kind yet, if so: what a report shows."""
+        said = [word for word, so in (("simulated", self.simulated), ("unproven", KINDS[self.kind].unproven)) if so]
+        return f"{self.name} ({', '.join(said)})" if said else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,6 +129,13 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "out of memory",
+        r"RESOURCE_EXHAUSTED: Ran out of memory on HBM\b",
+        "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.62G) "
+        "exceeds available HBM (15.75G).",
+        "raised by libtpu 0.0.42, which compiled for a slice that was not there",
+    ),
+    Row(
+        "out of memory",
         r"DefaultCPUAllocator: (can't allocate memory|not enough memory): you tried to allocate ",
         "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
         "4503599627370496 bytes. Error code 12 (Cannot allocate memory)",

@@ -42,13 +42,13 @@ def find(
     """
     complete, environment = read_settings().over(ask or HardwareAsk())
     by = asked_by or environment
-    here = inventory or detect(kinds_meant(complete.kind), simulate_tpu=complete.simulate_tpu)
+    here = inventory or detect(kinds_meant(complete.kind), simulate_tpu=complete.simulate_tpu, named=complete.kind)
     try:
         device, why = select(here, complete, by, training=training)
     except DeviceError:
         if inventory is not None or complete.kind == "auto":
             raise
         # Only what was asked for was looked for, and the error is to list everything that is here.
-        here = detect(simulate_tpu=complete.simulate_tpu)
+        here = detect(simulate_tpu=complete.simulate_tpu, named=complete.kind)
         device, why = select(here, complete, by, training=training)
     return Found(device=device, why=why, ask=complete, asked_by=by, inventory=here)

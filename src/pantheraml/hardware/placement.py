@@ -19,7 +19,7 @@ from pantheraml.hardware.detect import detect
 from pantheraml.hardware.device import Device, Inventory, parse_device
 from pantheraml.hardware.find import Found, find
 from pantheraml.hardware.settings import read_settings
-from pantheraml.recipe.kinds import KINDS, kinds_meant
+from pantheraml.recipe.kinds import KINDS, kinds_meant, torch_type
 from pantheraml.recipe.types import HardwareAsk
 
 Name = str | int | torch.device | None
@@ -34,10 +34,10 @@ def get_pytorch_device(device: Name = None) -> str:
     Raises: DeviceError if it is not here, or if torch has no tensors on it (a TPU).
     """
     found = _look(_ask(device), for_torch=True)
-    kind = found.device.kind
-    if KINDS[kind].family == "cpu":
-        return kind  # there is one, and its tensors say "cpu"
-    return str(found.device) if "index" in found.ask.model_fields_set else kind
+    name = torch_type(found.device.kind)
+    if KINDS[found.device.kind].family == "cpu":
+        return name  # there is one, and its tensors say "cpu"
+    return f"{name}:{found.device.index}" if "index" in found.ask.model_fields_set else name
 
 
 def get_tpu_safe_device(device: Name = None) -> torch.device:
@@ -137,7 +137,9 @@ def _complete(ask: HardwareAsk) -> HardwareAsk:
 
 
 def _look(ask: HardwareAsk, *, for_torch: bool) -> Found:
-    return find(ask, inventory=_machine(_complete(ask).simulate_tpu), training=for_torch)
+    complete = _complete(ask)
+    named_only = complete.kind in KINDS and KINDS[complete.kind].yields_to is not None
+    return find(ask, inventory=None if named_only else _machine(complete.simulate_tpu), training=for_torch)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
 from pantheraml.hardware.backend import Backend, open_backend
 from pantheraml.hardware.device import parse_device
 from pantheraml.hardware.failures import FailureKind, classify
-from pantheraml.recipe.kinds import KINDS, kinds_meant
+from pantheraml.recipe.kinds import kind_of, kinds_meant
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -112,6 +112,11 @@ class Recovery:
         """Go on like a recovery that had come to `parts`, a power of two; its halvings count. The reliefs are the caller's to repeat."""
         self.parts, self.said, self.reliefs, self._halvings = parts, list(said), reliefs, parts.bit_length() - 1
 
+    def note(self, text: str) -> None:
+        """Say something that belongs into the report, too."""
+        self.said.append(text)
+        self.announce(text)
+
     def attempts(
         self,
         doing: str,
@@ -144,8 +149,7 @@ class Recovery:
             gc.collect()
             failure = replace(attempt.failure, free_after_bytes=self._cleared())
             self.history[-1] = failure
-            self.said.append(str(failure))
-            self.announce(str(failure))
+            self.note(str(failure))
             if failure.kind == "out of memory":
                 self.parts = failure.next_parts or self.parts
             else:
@@ -403,9 +407,10 @@ def _current() -> tuple[Backend, int] | None:
     if torch is None:
         return None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or accelerator.type not in KINDS:
+    kind = None if accelerator is None else kind_of(accelerator.type)
+    if kind is None:
         return open_backend("cpu"), 0
-    return open_backend(accelerator.type), torch.accelerator.current_device_index()
+    return open_backend(kind), torch.accelerator.current_device_index()
 
 
 def _size(size_bytes: int | None) -> str:

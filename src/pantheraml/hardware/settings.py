@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -13,6 +13,7 @@ from pantheraml.hardware.device import parse_device
 from pantheraml.recipe.types import HardwareAsk
 
 RECIPE = "the recipe"
+S = TypeVar("S", bound=BaseSettings)
 
 
 class HardwareSettings(BaseSettings):
@@ -63,8 +64,13 @@ class HardwareSettings(BaseSettings):
 
 def read_settings() -> HardwareSettings:
     """What the environment says now. Raises: RecipeError if a variable has a value that cannot be used."""
+    return read_environment(HardwareSettings)
+
+
+def read_environment(kind: type[S]) -> S:
+    """The same for settings of any kind."""
     try:
-        return HardwareSettings()
+        return kind()
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(

@@ -1,8 +1,8 @@
 """TPUs, through XLA.
 
 JAX is asked in a process of its own: starting it takes the TPU for one process alone, writes to the environment and to
-stderr, and waits for the other hosts of a slice. A program that has imported jax itself is asked where it is, because it
-may hold the TPU already.
+stderr, and waits for the other hosts of a slice. A program that has started JAX itself is asked where it is, because it
+holds the TPU already.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import MemoryUse, Telemetry
 from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.device import Absent, Device
-from pantheraml.hardware.tpu import FLAT, TpuEnvironment, device_files, seen_on_pci, shape_of
+from pantheraml.hardware.tpu import FLAT, TpuEnvironment, device_files, duty_cycle, read_tpu_environment, seen_on_pci, shape_of
+from pantheraml.hardware.xla_memory import Held, arrays_on
 from pantheraml.recipe.kinds import Kind
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ class Core(BaseModel):
 
 
 class Answer(BaseModel):
-    """What JAX said: the devices of this host that computed, and where all those of the slice lie; or why there are none."""
+    """What JAX said: the devices of this host that computed, where all those of the slice lie, and on how many hosts; or why there are none."""
 
     model_config = ConfigDict(frozen=True)
 
     version: str | None = None
     cores: tuple[Core, ...] = ()
     slice_coords: tuple[tuple[int, ...], ...] = ()
+    hosts: int = 1
     error: str | None = None
 
 
@@ -76,7 +78,7 @@ class XlaBackend:
     def __init__(self, *, simulate: bool = False, environment: TpuEnvironment | None = None, root: Path = Path("/")) -> None:
         self._simulate = simulate
         self._platform = "cpu" if simulate else "tpu"
-        self._environment = environment or TpuEnvironment()
+        self._environment = environment or read_tpu_environment()
         self._pci, self._files = root / "sys/bus/pci/devices", root / "dev"
 
     def probe(self) -> tuple[Device, ...] | Absent:
@@ -84,7 +86,7 @@ class XlaBackend:
         refusal = self._refusal()
         if refusal is not None:
             return refusal
-        answer = ask_here(self._platform) if "jax" in sys.modules else ask_apart(self._platform)
+        answer = ask_here(self._platform) if _started() else ask_apart(self._platform)
         if answer.error is not None:
             return self._no_answer(answer.error)
         return self.describe(answer)
@@ -117,6 +119,7 @@ class XlaBackend:
             capability=generation,
             cores=cores,
             topology=_extent(answer.slice_coords, flat=flat) or self._environment.slice_shape(flat=flat),
+            hosts=answer.hosts,
         )
 
     def _simulated(self, index: int, answer: Answer) -> Device:
@@ -130,6 +133,7 @@ class XlaBackend:
             memory_bytes=total,
             free_bytes=free,
             dtypes=("float32", "bfloat16") if installed("torchax") else (),
+            hosts=answer.hosts,
             simulated=True,
         )
 
@@ -234,6 +238,10 @@ class XlaBackend:
             peak_bytes=stats.get("peak_bytes_in_use"),
         )
 
+    def arrays(self, index: int) -> tuple[Held, ...]:
+        """What this process holds on one of its devices, the largest first."""
+        return arrays_on(self._platform, index) if self._opened() else ()
+
     def reset_peak(self, index: int) -> None:
         """Nothing: JAX keeps one peak for the whole process. Of a simulated TPU, that of the process."""
         if self._simulate:
@@ -262,28 +270,18 @@ class XlaBackend:
 
     def _opened(self) -> list[Any]:
         """JAX's devices on this host, if this process has started JAX with this platform; starts nothing."""
-        jax = sys.modules.get("jax")
-        if jax is None or not jax._src.xla_bridge.backends_are_initialized():
+        if not _started():
             return []
         try:
-            return jax.local_devices(backend=self._platform)
+            return sys.modules["jax"].local_devices(backend=self._platform)
         except RuntimeError:
             return []
 
 
-def duty_cycle(data: list[str], index: int, devices: int) -> float | None:
-    """Share of the last moments in which the chip of a device was busy, 0 to 1.
-
-    Args:
-        data: libtpu's percentages as text, one for each chip ("45.32"); empty before the first computation.
-        index, devices: the device meant, and how many there are: on v2, v3 and 7x two share a chip.
-    """
-    if not data or devices % len(data):
-        return None
-    try:
-        return float(data[index * len(data) // devices]) / 100
-    except ValueError:
-        return None
+def _started() -> bool:
+    """Whether this process has started JAX. Importing it starts nothing."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax._src.xla_bridge.backends_are_initialized()
 
 
 def ask_apart(platform: str, within_s: float = _ANSWER_WITHIN_S) -> Answer:
@@ -318,7 +316,18 @@ def ask_here(platform: str) -> Answer:
         version=jax.__version__,
         cores=tuple(_core(device) for device in devices),
         slice_coords=tuple(each for each in coords if each is not None) if None not in coords else (),
+        hosts=_hosts(platform),
     )
+
+
+def _hosts(platform: str) -> int:
+    """How many machines work together. A slice knows its own; what the environment says are those that have not met yet."""
+    import jax
+
+    said, slices = read_tpu_environment(), 1
+    if not jax.distributed.is_initialized():
+        slices = said.slices
+    return max(jax.process_count(platform) * slices, said.processes)
 
 
 def _multiply(device: Any) -> None:
@@ -371,7 +380,7 @@ def _main(platform: str) -> None:
     """In the process of its own: only the platform that is asked for starts, and the last line written is the answer."""
     import jax
 
-    if platform == "cpu" or TpuEnvironment().platforms is None:
+    if platform == "cpu" or read_tpu_environment().platforms is None:
         jax.config.update("jax_platforms", "cpu" if platform == "cpu" else "tpu,cpu")
     sys.stdout.write("\n" + ask_here(platform).model_dump_json() + "\n")
 

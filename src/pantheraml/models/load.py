@@ -7,7 +7,7 @@ with a model runs unless the recipe says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,13 +80,18 @@ def shape_of(model: Any, name: str) -> ModelShape:
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
-        intermediate=int(getattr(text, "intermediate_size", None) or 4 * hidden),
+        intermediate=_widest(getattr(text, "intermediate_size", None) or 4 * hidden),
         max_tokens=int(getattr(text, "max_position_embeddings", None) or 2048),
         packs=not carries_state(model),
         weight_bytes_each=dtype.itemsize if dtype else 4,
         fused=fused,
         attention=_attention_of(type(model)),
     )
+
+
+def _widest(size: int | Sequence[int]) -> int:
+    """Gemma 3n says a size for each layer."""
+    return size if isinstance(size, int) else max(size)
 
 
 def carries_state(model: Any) -> bool:

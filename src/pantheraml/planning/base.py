@@ -8,6 +8,7 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device
 from pantheraml.planning.memory import MemoryEstimate
 from pantheraml.planning.shape import ModelShape
+from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.types import LoRA, Recipe
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -41,8 +42,8 @@ def quantizer_of(recipe: Recipe, device: Device, quantizers: tuple[str, ...]) ->
     if asked not in quantizers or (asked == "fp8" and not _multiplies_fp8(device)):
         raise DeviceError(
             f"model.{field}=true, but {device} ({device.label}) cannot hold a base in {form}",
-            why=missing,
-            fix=f"{fix}set model.{field} to false",
+            why=missing if KINDS[device.kind].engine == "torch" else f"XLA holds one in {' or '.join(quantizers) or 'no fewer bits'} alone",
+            fix=f"{fix if KINDS[device.kind].engine == 'torch' else ''}set model.{field} to false",
         )
     return asked
 
@@ -72,10 +73,12 @@ def asked_quantizer(recipe: Recipe) -> str | None:
     return next((name for name, (field, *_) in _QUANTIZERS.items() if getattr(recipe.model, field)), None)
 
 
-def base_reason(quantizer: str | None, lora: bool) -> str:
-    """Why the frozen weights are held as they are."""
+def base_reason(quantizer: str | None, lora: bool, *, xla: bool = False) -> str:
+    """Why the frozen weights are held as they are. xla: it computes."""
     if quantizer == "nf4":
         return "the recipe asks for 4 bits; products are computed in dtype"
+    if quantizer and xla:
+        return "the recipe asks for 8 bits; products are computed in dtype"
     if quantizer:
         return "the recipe asks for 8 bits; products with the base are computed in them, all others in dtype"
     return "frozen, so the dtype of the arithmetic is enough" if lora else "every weight trains: small updates need float32"

@@ -99,6 +99,7 @@ def choose_micro_tokens(
     peak_flops: float | None,
     layers: int,
     rungs: tuple[Level, ...],
+    mixes: bool = True,
     asked: int | None = None,
     remedies: tuple[str, ...] = (),
 ) -> MicroBatch:
@@ -110,7 +111,7 @@ def choose_micro_tokens(
         batch_tokens: tokens in one optimizer step; more than a step cannot be taken at once. most_tokens: no step has more; None: not known.
         peak_flops: of the device, or None.
         layers: of the model. rungs: levels that may be used, the fastest first. Products are computed again only if not even
-            one row fits without, and then in no more layers than it takes.
+            one row fits without, and then in no more layers than it takes. mixes: layers can be at different levels.
         asked: micro_tokens of the recipe, taken as it is; refused only over all of the free memory.
         remedies: what would make it fit, best first, for the error.
     Raises: DeviceError with the numbers, if it does not fit.
@@ -135,7 +136,8 @@ def choose_micro_tokens(
     for tokens, rung in tries:
         if fits(tokens, (rung,) * layers):
             above = rungs[: rungs.index(rung)]
-            levels = mixed(layers, above[-1], rung, lambda levels: fits(tokens, levels)) if above else (rung,) * layers  # noqa: B023
+            mix = mixes and bool(above)
+            levels = mixed(layers, above[-1], rung, lambda levels: fits(tokens, levels)) if mix else (rung,) * layers  # noqa: B023
             return _chosen(
                 tokens, levels, estimate(tokens, levels), asked=asked, cap=cap, busy=busy, free_bytes=free_bytes, given=len(rungs) == 1
             )

@@ -22,14 +22,14 @@ def choose_compile(asked: str, device: Device, *, fused: bool, steps: int | None
     Args:
         asked: hardware.compile of the recipe. fused: the kernels compute the layers. steps: of the run; None: not known.
     """
-    if KINDS[device.kind].family == "tpu":
+    if KINDS[device.kind].engine == "xla":
         return False, "XLA compiles whole steps, once for each shape"
     if asked != "auto":
         return asked == "on", f"the recipe asks for it; compiling takes {COMPILING}, once" if asked == "on" else "the recipe asks for it"
     if fused:
         return False, "the kernels compute the layers, which leaves little to fuse"
     if not KINDS[device.kind].compiles:
-        return False, f"it seldom pays on {device}"
+        return False, f"it was never tried on {device}" if KINDS[device.kind].unproven else f"it seldom pays on {device}"
     if steps is None or steps < WORTH_STEPS:
         return False, f"compiling takes {COMPILING}, and " + (
             "the length of the run is not known" if steps is None else f"{steps} steps are few"

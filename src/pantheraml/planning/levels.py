@@ -31,14 +31,14 @@ def rungs(device: Device, asked: str, *, fused: bool) -> tuple[Level, ...]:
         asked: hardware.checkpointing of the recipe. fused: the kernels compute the layers; others know two levels.
     Raises: RecipeError, DeviceError for a level that is not to be had.
     """
-    if KINDS[device.kind].family == "tpu":
+    if KINDS[device.kind].engine == "xla":
         if asked in ("tiled", "offload"):
             raise DeviceError(
                 f"hardware.checkpointing={asked} is not possible on {device}",
                 why="layers there keep everything, the results of products, or their input alone",
                 fix="set hardware.checkpointing to auto, off, cheap or on",
             )
-        return ("keep", "all") if asked == "auto" else (ASKED[asked],)
+        return ("keep", "cheap", "all") if asked == "auto" else (ASKED[asked],)
     host, own = in_host_memory(device.kind), KINDS[device.kind].own_memory
     if asked == "auto":
         if not fused:

@@ -12,12 +12,13 @@ from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
-from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each, base_reason, quantizer_of, whole_bytes
-from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, round_lengths, shared_rows
+from pantheraml.planning.base import Dtype, base_reason, quantizer_of, whole_bytes
+from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, shared_rows
 from pantheraml.planning.compile import choose_compile, choose_graphs, recording_bytes
 from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
-from pantheraml.planning.memory import OPTIMIZER_BYTES, RECOMPUTED, Level, MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.memory import RECOMPUTED, MemoryEstimate, format_bytes
+from pantheraml.planning.need import fused, need, remedies
 from pantheraml.planning.rows import check_micro_tokens, choose_packing, choose_row_tokens, longest_allowed
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import choose_mesh, format_mesh, row_shares
@@ -152,7 +153,7 @@ def make_plan(
     dtype, reasons["dtype"] = _dtype(recipe, device)
     quantizer = quantizer_of(recipe, device, quantizers)
     base_dtype: Dtype = dtype if lora else "float32"
-    reasons["base_dtype"] = base_reason(quantizer, lora is not None)
+    reasons["base_dtype"] = base_reason(quantizer, lora is not None, xla=KINDS[device.kind].engine == "xla")
     chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention)
     threads, reasons["threads"] = _threads(recipe, available_threads)
     max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
@@ -167,28 +168,22 @@ def make_plan(
     check_micro_tokens(recipe, row_tokens[-1])
 
     def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:
-        memory = _memory(recipe, shape, device, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
-        copies = mesh.get("dp", 1) * mesh.get("dcn", 1)
-        return replace(
-            memory,
-            weights_bytes=copies * memory.weights_bytes,
-            gradients_bytes=copies * memory.gradients_bytes,
-            optimizer_bytes=copies * memory.optimizer_bytes,
-        )
+        return need(recipe, shape, device, mesh, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
 
     asked = recipe.batch.micro_tokens
     mean_tokens = train_tokens / train_rows if train_tokens and train_rows else longest_example or max_tokens
     micro = choose_micro_tokens(
         memory_for,
-        free_bytes=world_size * known(device.free_bytes, device),
+        free_bytes=(1 if device.simulated else world_size) * known(device.free_bytes, device),  # what is simulated shares one machine
         longest_row=row_tokens[-1] * (row_shares(mesh) if recipe.batch.micro_tokens == "auto" else 1),
         batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
         most_tokens=None if longest_example is None else recipe.batch.size * min(longest_example, max_tokens),
         peak_flops=device.peak_flops,
         layers=shape.layers,
         rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device)),
+        mixes=fused(recipe, shape, device) or KINDS[device.kind].engine == "xla",
         asked=None if asked == "auto" else asked,
-        remedies=_remedies(recipe, shape, device, dtype, chosen_attention, quantizers, row_tokens[-1]),
+        remedies=remedies(recipe, shape, device, mesh, dtype, chosen_attention, quantizers, row_tokens[-1]),
     )
     if asked == "auto":
         micro = shared_rows(micro, row_tokens[-1], row_shares(mesh), memory_for)
@@ -315,63 +310,6 @@ def _threads(recipe: Recipe, available: int | None) -> tuple[int | None, str]:
     if recipe.hardware.threads is not None:
         return recipe.hardware.threads, "the recipe asks for it"
     return available, "all cores that this process may use" if available is not None else "decided when the backend opens"
-
-
-def _remedies(
-    recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype, attention: str, quantizers: tuple[str, ...], longest_row: int
-) -> tuple[str, ...]:
-    """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each."""
-    possible = rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device))
-    most = rungs(device, "auto", fused=fused(recipe, shape, device))
-    budget = (device.free_bytes or 0) * HEADROOM
-
-    def fits(changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, level: Level = possible[-1]) -> bool:
-        return _memory(changed, shape, device, arithmetic, attention, row, row, (level,) * shape.layers).total_bytes <= budget
-
-    remedies: list[str] = []
-    if recipe.batch.micro_tokens != "auto" and fits(recipe):
-        remedies.append("set batch.micro_tokens to auto")
-    if possible != most and any(fits(recipe, level=level) for level in most):
-        remedies.append("set hardware.checkpointing to auto")
-    if dtype == "float32" and "bfloat16" in device.dtypes and fits(recipe, arithmetic="bfloat16"):
-        remedies.append("set model.dtype to bfloat16")
-    if not isinstance(recipe.adapter, LoRA) and fits(recipe.model_copy(update={"adapter": LoRA()})):
-        remedies.append("set adapter.kind to lora")
-    four_bits = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": True}), "adapter": LoRA()})
-    if asked_quantizer(recipe) is None and "nf4" in quantizers and fits(four_bits):
-        remedies.append("set model.load_in_4bit to true" + ("" if isinstance(recipe.adapter, LoRA) else " and adapter.kind to lora"))
-    shorter = next((n for n in reversed(round_lengths(longest_row)) if n < longest_row and fits(recipe, row=n)), None)
-    if shorter:
-        remedies.append(f"set model.max_tokens to {shorter}")
-    return tuple(remedies)
-
-
-def fused(recipe: Recipe, shape: ModelShape, device: Device) -> bool:
-    """Whether the kernels compute the layers, adapters and all."""
-    return (
-        shape.fused
-        and KINDS[device.kind].family != "tpu"
-        and not (isinstance(recipe.adapter, LoRA) and (recipe.adapter.dropout > 0 or recipe.adapter.dora))
-    )
-
-
-def _memory(
-    recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype, attention: str, row_tokens: int, micro_tokens: int, levels: Levels
-) -> MemoryEstimate:
-    rank = recipe.adapter.rank if isinstance(recipe.adapter, LoRA) else None
-    return estimate_memory(
-        shape,
-        trainable_parameters=shape.lora_parameters(rank) if rank else shape.parameters,
-        base_bytes_each=base_bytes_each(shape, dtype, asked_quantizer(recipe), both_ways=KINDS[device.kind].family != "tpu") if rank else 4,
-        micro_tokens=micro_tokens,
-        row_tokens=row_tokens,
-        levels=levels,
-        fused=fused(recipe, shape, device),
-        attention=attention,
-        compute_bytes_each=BYTES_EACH[dtype],
-        lora_rank=rank,
-        optimizer_bytes_each=OPTIMIZER_BYTES[recipe.optim.states],
-    )
 
 
 def _lr(recipe: Recipe, lora: bool) -> tuple[float, str]:

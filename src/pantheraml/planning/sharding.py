@@ -73,18 +73,24 @@ def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[d
 
     Raises: DeviceError for more devices than there are, or more than one of another kind; RecipeError for axes that do not fit.
     """
-    there = sum(each.kind == device.kind for each in inventory.devices)
+    there = device.hosts * sum(each.kind == device.kind for each in inventory.devices)
     fixed = {"dcn": ask.dcn, "dp": ask.dp, "tp": ask.tp}
     others = math.prod(fixed.values())
-    if KINDS[device.kind].family != "tpu":
+    if KINDS[device.kind].engine != "xla":
         wanted = there if ask.devices == "all" else 1 if ask.devices == "auto" else ask.devices
         if max(wanted, others * (1 if ask.fsdp == "auto" else ask.fsdp)) > 1:
             raise DeviceError(
                 f"several devices of kind {device.kind} cannot train together",
-                why="this version does so on a TPU alone",
+                why="this version does so on a TPU alone, and there through JAX",
                 fix="set hardware.devices to 1, and leave hardware.dcn, dp, fsdp and tp out",
             )
-        return {}, "several train together on a TPU alone" if there > 1 else f"there is one of kind {device.kind}"
+        return {}, "several train together on a TPU alone, through JAX" if there > 1 else f"there is one of kind {device.kind}"
+    if ask.index:
+        raise RecipeError(
+            f"hardware.index={ask.index} names one chip of a TPU",
+            why="a process takes the first ones, and they work together",
+            fix="leave it out; hardware.devices says how many",
+        )
     said = isinstance(ask.devices, int)
     wanted = (
         ask.devices
@@ -96,8 +102,14 @@ def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[d
     if wanted > there and not device.simulated:
         raise DeviceError(
             f"{wanted} devices were asked for, and {there} of kind {device.kind} answered",
-            why="the others are not there, or not of this host",
+            why="the others are not there" if device.hosts == 1 else f"so many are there on {device.hosts} hosts",
             fix=f"set hardware.devices to {there}, or all",
+        )
+    if wanted % device.hosts:
+        raise DeviceError(
+            f"{wanted} devices were asked for, on {device.hosts} hosts",
+            why="each host takes part with as many",
+            fix=f"set hardware.devices to a multiple of {device.hosts}, or all",
         )
     if wanted % others or (ask.fsdp != "auto" and others * ask.fsdp != wanted):
         axes = {**fixed, **({} if ask.fsdp == "auto" else {"fsdp": ask.fsdp})}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pantheraml.engines.open import open_engine
-from pantheraml.errors import DataError
+from pantheraml.errors import DataError, DeviceError
 from pantheraml.hardware.backend import backend_of
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.recipe.types import Recipe
@@ -30,10 +30,16 @@ def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
             why="the run held none out, or none of them could be used",
             fix="name a file with rows: pantheraml eval RUN FILE",
         )
+    if plan.device.hosts > 1:
+        raise DeviceError(
+            f"an evaluation runs on one host, and {plan.device} is of {plan.device.hosts}",
+            why="the hosts of a slice meet for training alone",
+            fix="set hardware.kind to the CPU, or evaluate on a smaller slice",
+        )
     backend = backend_of(plan.device)
     recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
     engine = open_engine(backend, plan, recovery)
-    engine.prepare(loaded.model, sft_loss(loaded.model), None, plan, seed=recipe.run.seed)
+    engine.prepare(loaded.model, sft_loss(loaded.model, static=backend.static_shapes), None, plan, seed=recipe.run.seed)
     layout = layout_of(replace(plan, packing=False), view.tokenizer, trim=not backend.static_shapes)
     samples, asked = ask(data.questions, (), data.encoder)
     samples = with_answers(samples, answers(engine, loaded.tokenizer, asked, recipe.eval.max_new_tokens), after=True)

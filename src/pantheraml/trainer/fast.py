@@ -47,7 +47,7 @@ def prepare_kernels(plan: Plan, say: Callable[[str], None]) -> None:
 
 def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Decoder | None:
     """What computes the layers by the kernels, at the plan's levels; None: the model keeps its own forward."""
-    if backend.engine != "torch" or decodes(model) is not None:
+    if backend.engine != "torch" or backend.static_shapes or decodes(model) is not None:
         return None
     allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=True)
     away = HostMemory(backend.torch_device(plan.device.index), pinned=backend.pinned_memory) if "offload" in allowed else None
@@ -87,7 +87,8 @@ def slower_than_could_be(model: Any, plan: Plan, backend: Backend) -> list[str]:
     if backend.engine != "torch":
         return []
     found: list[str] = []
-    if (why := decodes(model)) is not None:
+    why = "each example's own length would be a shape to compile" if backend.static_shapes else decodes(model)
+    if why is not None:
         found.append(f"the model's own forward computed the layers: {why}")
     if stock := stock_layers(model):
         found.append(f"{stock} adapted layers were computed by PEFT itself: the kernels have no dropout, DoRA or several adapters")
@@ -111,7 +112,8 @@ def rehearse(
     Args:
         held_bytes: what the process held before the model, which the plan does not count. say: hears what it took.
     """
-    if plan.memory.total_bytes <= TIGHT * plan.world_size * (plan.device.free_bytes or 0):
+    devices = 1 if plan.device.simulated else plan.world_size
+    if plan.memory.total_bytes <= TIGHT * devices * (plan.device.free_bytes or 0):
         return
     engine.rehearse(layout(largest(plan)))
     peak = backend.memory(plan.device.index).peak_bytes

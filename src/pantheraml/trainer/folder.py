@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import blake3
+
 from pantheraml.errors import RecipeError, StorageError
 from pantheraml.export.safetensors import atomic_file
 from pantheraml.recipe.load import dump_recipe, load_recipe
@@ -167,6 +169,17 @@ def learned(recipe: Recipe) -> dict[str, dict[str, Any]]:
     parts["eval"] = {"early_stop": recipe.eval.early_stop, "every": recipe.eval.every}
     parts["run"] = {"seed": recipe.run.seed, "best": recipe.run.best}
     return parts
+
+
+def fingerprint(recipe: Recipe, data: str) -> str:
+    """What decides the weights, in one word. data: that of the rows."""
+    parts = learned(recipe)
+    for place in ("train", "eval"):  # a moved file is the same data; what is in it is in `data`
+        del parts["data"][place]
+    del parts["model"]["name"]
+    if parts["optim"]["states"] == "float32":  # older runs have no such key, and go on
+        del parts["optim"]["states"]
+    return blake3.blake3(repr((parts, data)).encode()).hexdigest()
 
 
 def write_json(path: Path, values: Any) -> None:

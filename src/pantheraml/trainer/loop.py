@@ -6,11 +6,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
 from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch
@@ -19,7 +20,6 @@ from pantheraml.engines.engine import Engine, StepMetrics
 from pantheraml.errors import DivergedError, StoppedError
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.recipe.types import OptimSpec, Recipe
-from pantheraml.trainer.checkpoint import Checkpoints
 from pantheraml.trainer.watch import StepRecord, Watch
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -71,10 +71,21 @@ class Rhythm:
 
 
 class Stop:
-    """Whether somebody asked the run to end at the next step boundary."""
+    """Whether somebody asked the run to end at the next step boundary.
 
-    def __init__(self) -> None:
+    Args:
+        agree: the largest of the numbers that the hosts of a run have; None: there is one host.
+    """
+
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signal: int | None = None
+        self._agree = agree
+
+    def asked(self, *, boundary: bool) -> int | None:
+        """The signal; of several hosts all take it at the same boundary."""
+        if self._agree is None:
+            return self.signal
+        return self._agree(self.signal or 0) or None if boundary else None
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -94,6 +105,23 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Keeper(Protocol):
+    """What the loop needs of `Checkpoints`."""
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run."""
+        ...
+
+    def steps(self) -> list[int]:
+        """Steps for which there is a checkpoint."""
+        ...
+
+    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], *, best: int | None) -> Path:
+        """Write one."""
+        ...
 
 
 def schedule(optim: OptimSpec, peak: float, total: int) -> Callable[[int], float]:
@@ -127,7 +155,7 @@ def run(
     rate: Callable[[int], float],
     rhythm: Rhythm,
     position: Position,
-    checkpoints: Checkpoints,
+    checkpoints: Keeper,
     watch: Watch,
     stop: Stop,
     recovery: Recovery | None = None,
@@ -205,9 +233,10 @@ def run(
         position.step = done = k + 1
 
         last = done == rhythm.total
-        asked = stop.signal
         eval_due = bool(held_out) and (last or _due(done, rhythm.eval))
-        save_due = last or _due(done, rhythm.save) or asked is not None or recovered()
+        save_due = last or _due(done, rhythm.save) or recovered()
+        asked = stop.asked(boundary=eval_due or save_due or _due(done, rhythm.log))
+        save_due = save_due or asked is not None
         if eval_due or save_due or _due(done, rhythm.log):
             flush()
         if eval_due:

@@ -1,7 +1,7 @@
 """The main path: a recipe becomes a run. Start reading here.
 
 train(recipe)
-  open_folder      runs/<name>, locked
+  opened           runs/<name>, locked; on a slice of several hosts they meet here
   survey           what is here, how large the model is, what the data holds -> the plan
   load, attach     the model, and its adapter
   fit              engine, checkpoints, the loop, answers before and after
@@ -11,22 +11,22 @@ train(recipe)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import blake3
-
 from pantheraml.data.load import BadRows
 from pantheraml.data.prepare import Prepared, Records, prepare
+from pantheraml.distributed.world import Alone, World, most, together, told
 from pantheraml.engines.adamw import check_installed
 from pantheraml.engines.graphs import Graphs
 from pantheraml.engines.open import loading_device, open_engine
-from pantheraml.errors import RecipeError
+from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
 from pantheraml.hardware.cpu import keep_freed_memory, return_freed_memory, usable_cores
 from pantheraml.hardware.device import Device, Inventory
-from pantheraml.hardware.find import find
+from pantheraml.hardware.find import Found, find
 from pantheraml.hardware.monitor import Monitor
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.adapters import attach
@@ -38,6 +38,7 @@ from pantheraml.planning.levels import rungs
 from pantheraml.planning.plan import Plan, make_plan
 from pantheraml.planning.rows import longest_allowed
 from pantheraml.planning.shape import ModelShape
+from pantheraml.planning.sharding import format_mesh
 from pantheraml.recipe.kinds import in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
@@ -53,8 +54,9 @@ from pantheraml.trainer.fast import (
     slower_than_could_be,
     whole_matrices,
 )
-from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, learned, open_folder, write_json
-from pantheraml.trainer.report import REPORT, monitored, summary, write_report
+from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, fingerprint, learned, write_json
+from pantheraml.trainer.hosts import KeptByFirst, Opened, agreed, check_same, identity, opened
+from pantheraml.trainer.report import monitored, summary, write_report
 from pantheraml.trainer.resume import stored_plan
 from pantheraml.trainer.runs import Run
 from pantheraml.trainer.samples import answers, ask, read_samples, with_answers, write_samples
@@ -96,15 +98,15 @@ def train(
         rows, held_out: rows from memory, instead of those that the recipe's data names.
     Raises: PantheraError of the kind that fits; see errors.py.
     """
-    console = console or default_console()
-    with open_folder(recipe, resume=resume) as (folder, recipe):
-        if resume and (folder / REPORT).exists():
+    with opened(recipe, resume=resume, console=console or default_console()) as run:
+        folder, recipe, console, world = run.folder, run.recipe, run.console, run.world
+        if run.ended:
             console.print(f"The run {folder} has ended already.", markup=False)
             return Run(folder)
         console.print(f"Run folder: {folder}", markup=False, highlight=False)
         local = _with_local_base(recipe, folder)
-        view = survey(local, folder=folder, console=console, rows=rows, held_out=held_out)
-        plan = stored_plan(folder, view.plan, recipe, console) if resume else view.plan
+        view = survey(local, found=run.found, folder=folder, console=console, rows=rows, held_out=held_out)
+        plan = agreed(stored_plan(folder, view.plan, recipe, console) if resume else view.plan, world)
         backend = backend_of(plan.device)
         backend.set_threads(plan.threads)
         import torch
@@ -116,18 +118,19 @@ def train(
             attention=plan.attention,
             quantization=quantization(plan.quantizer, getattr(torch, plan.dtype)),
         )
-        plan = isolated(model, plan, local, console)
+        plan = agreed(isolated(model, plan, local, console), world)
         if isinstance(local.adapter, LoRA):
             model = attach(model, local.adapter, seed=local.run.seed)
         if plan.quantizer in ("int8", "fp8") and backend.engine == "torch":  # the other engine does it when it takes the weights
             to_eight_bits(model, plan.quantizer)
         write_json(folder / PLAN, plan.to_dict())
-        return fit(replace(view, recipe=recipe, plan=plan), model, backend, folder, console)
+        return fit(replace(view, recipe=recipe, plan=plan), model, backend, folder, console, run)
 
 
 def survey(
     recipe: Recipe,
     *,
+    found: Found | DeviceError | None = None,
     folder: Path | None = None,
     console: Console | None = None,
     rows: Records | None = None,
@@ -138,11 +141,14 @@ def survey(
     """Look at machine, model and data, and make the plan. Loads no weight.
 
     Args:
+        found: the device, or why there is none; None: look for it.
         folder: gets bad_rows.jsonl.
         rows, held_out: rows from memory. model, tokenizer: those that are here already.
     """
     check_installed(recipe.optim)
-    found = find(recipe.hardware)
+    if isinstance(found, DeviceError):
+        raise found
+    found = found or find(recipe.hardware)
     recipe = recipe.model_copy(update={"hardware": found.ask})
     backend = backend_of(found.device)
     held = backend.memory(found.device.index).used_bytes
@@ -200,22 +206,33 @@ def survey(
     )
 
 
-def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console) -> Run:
-    """Train the model that is here, and leave results and report in the folder. Goes on where checkpoints are found."""
-    stop = loop.Stop()
+def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console, begun: Opened | None = None) -> Run:
+    """Train the model that is here, and leave results and report in the folder. Goes on where checkpoints are found.
+
+    Args:
+        begun: with the hosts that take part; None: this one alone.
+    """
+    world, kept = (begun.world, begun.kept) if begun else (Alone(), folder)
+    stop = loop.Stop(None if world.size == 1 else partial(most, world))
     with stop.listening(), whole_matrices(model, view.plan):
         try:
-            return _fit(view, model, backend, folder, console, stop)
+            return _fit(view, model, backend, folder, kept, console, stop, world)
         finally:
             backend.empty_cache()  # what was kept for a next step
 
 
-def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console, stop: loop.Stop) -> Run:
+def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, console: Console, stop: loop.Stop, world: World) -> Run:
     recipe, plan, data, tokenizer = view.recipe, view.plan, view.data, view.tokenizer
     source = data.source(batch_size=plan.batch_size, seed=recipe.run.seed, epochs=recipe.optim.epochs, steps=recipe.optim.steps)
+    if world.size > 1:
+        held = [example.tokens.tobytes() for example in data.held_out]
+        check_same(world, repr((source.fingerprint, held, data.questions)), "has read other rows")
+        check_same(world, identity(model), "has loaded other weights")
     decoder = decoder_of(model, plan, recipe, backend)
     layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
-    recovery = Recovery({"out of memory": recipe.hardware.oom_retries}, device=lambda: (backend, plan.device.index))
+    # Hosts cannot go on each in its own way, and one may run out of memory alone.
+    retries = recipe.hardware.oom_retries if world.size == 1 else 0
+    recovery = Recovery({"out of memory": retries}, device=lambda: (backend, plan.device.index))
     record = backend.recorder(plan.device.index) if plan.graphs and decoder else None
     graphs = Graphs(record) if record else None
     allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=False) if backend.engine != "torch" else ()
@@ -231,16 +248,19 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
             return_freed_memory()
         return relief(model, decoder, graphs)
 
-    engine.prepare(model, sft_loss(model, decoder), recipe.optim, plan, seed=recipe.run.seed, relief=lighter)
+    engine.prepare(model, sft_loss(model, decoder, static=backend.static_shapes), recipe.optim, plan, seed=recipe.run.seed, relief=lighter)
 
     # Before a checkpoint is loaded: a run that goes on may ask other questions, and "before" is the model as it came.
     samples, asked = ask(data.questions, recipe.eval.prompts, data.encoder)
     stored = read_samples(folder / BEFORE)
-    if stored is None or [replace(sample, before=None) for sample in stored] != samples:
+    other = stored is None or [replace(sample, before=None) for sample in stored] != samples
+    if told(world, lambda: other):
         stored = with_answers(samples, answers(engine, tokenizer, asked, recipe.eval.max_new_tokens), after=False)
         write_samples(folder / BEFORE, stored)
+    stored = stored or samples
 
-    checkpoints = Checkpoints(folder / CHECKPOINTS, fingerprint=_fingerprint(recipe, source.fingerprint), keep=recipe.run.keep)
+    own = Checkpoints(folder / CHECKPOINTS, fingerprint=fingerprint(recipe, source.fingerprint), keep=recipe.run.keep)
+    checkpoints = own if world.size == 1 else KeptByFirst(own, world, kept)
     found = checkpoints.newest(console.print)
     position = loop.Position()
     if found:
@@ -260,7 +280,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         total=source.total_steps,
         start=position.step,
         memory_bytes=lambda: backend.memory(index).used_bytes,
-        reporters=open_reporters(recipe.run.reporters, folder, learned(recipe)),
+        reporters=open_reporters(() if world.rank else recipe.run.reporters, folder, learned(recipe)),
         monitor=monitor,
     )
     recovery.announce = watch.say
@@ -268,6 +288,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)
     rhythm = loop.Rhythm.of(recipe, source.total_steps)
+    where = f"{plan.device} ({plan.device.label})" + (f", {format_mesh(plan.mesh)}" if plan.world_size > 1 else "")
+    console.print(f"Training on {where}, in {plan.dtype}.", markup=False, highlight=False)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
         with monitor, made_fast(model, decoder, plan, backend):
@@ -285,11 +307,11 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
     notes += slower_than_could_be(model, plan, backend)
     notes += [graphs.said] if graphs else []
     notes += ["layers are computed again, so this process gives memory back as soon as it is freed, from now on"] if gives_back else []
-    kept = position.step
+    best = position.step
     if rhythm.keep_best and position.best_step not in (None, position.step):
         try:
             engine.load_weights(checkpoints.load(position.best_step).tensors)
-            kept = position.best_step
+            best = position.best_step
         except Damaged as error:
             notes.append(f"{error}; the weights of the last step are kept instead of the best ones")
             console.print(notes[-1], markup=False)
@@ -297,30 +319,33 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Cons
         final = engine.evaluate(held_out) if held_out else None
     notes += recovery.said
     samples = with_answers(stored, answers(engine, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
-    if stop.signal is not None:
-        raise loop.stopped(stop.signal, position.step, source.total_steps, folder)
+    if (asked_to := stop.asked(boundary=True)) is not None:
+        raise loop.stopped(asked_to, position.step, source.total_steps, kept)
 
     engine.hand_back()
-    _save(model, view, folder)
     run = Run(folder)
-    report = summary(
-        view,
-        model,
-        position,
-        samples,
-        name=folder.name,
-        kept_step=kept,
-        final_loss=final,
-        peak_bytes=peak_bytes,
-        since_step=monitored_from,
-        notes=notes,
-    )
-    report["monitor"] = monitored(monitor, since_step=monitored_from)
-    exports = [run.export("merged")] if recipe.export.merged else []
-    exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
-    for exported in exports:
-        console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
-    write_report(folder, report, plan, samples)
+    with together(world):  # the first host leaves the results, and the others wait until it has
+        if world.rank:
+            return run
+        _save(model, view, folder)
+        report = summary(
+            view,
+            model,
+            position,
+            samples,
+            name=folder.name,
+            kept_step=best,
+            final_loss=final,
+            peak_bytes=peak_bytes,
+            since_step=monitored_from,
+            notes=notes,
+        )
+        report["monitor"] = monitored(monitor, since_step=monitored_from)
+        exports = [run.export("merged")] if recipe.export.merged else []
+        exports += [run.export("gguf", type=kind) for kind in recipe.export.gguf]
+        for exported in exports:
+            console.print(f"Exported {exported.path}: {exported.said}", markup=False, highlight=False)
+        write_report(folder, report, plan, samples)
     return run
 
 
@@ -361,16 +386,6 @@ def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
         model = load_model(recipe.model, dtype=torch.float32, device=torch.empty(0).device, seed=recipe.run.seed)
         save_full(model, load_tokenizer(recipe.model), base, verify=False)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(base)})})
-
-
-def _fingerprint(recipe: Recipe, data: str) -> str:
-    parts = learned(recipe)
-    for place in ("train", "eval"):  # a moved file is the same data; what is in it is in `data`
-        del parts["data"][place]
-    del parts["model"]["name"]
-    if parts["optim"]["states"] == "float32":  # older runs have no such key, and go on
-        del parts["optim"]["states"]
-    return blake3.blake3(repr((parts, data)).encode()).hexdigest()
 
 
 def _save(model: Any, view: Survey, folder: Path) -> None:

@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from pantheraml.engines.engine import LossFn
 
 
-def sft_loss(model: Any, decoder: Decoder | None = None) -> LossFn:
+def sft_loss(model: Any, decoder: Decoder | None = None, *, static: bool = False) -> LossFn:
     """The loss for this model: by the kernels where its layers are known, from its own hidden states where its head is, else from its logits.
 
     Args:
         decoder: what computes the layers; None: one is made, where the kernels can.
+        static: each new shape costs a compilation, so none is made: attention by the kernels goes by the lengths of the examples.
     """
     head = output_head(model)
     if head is None:
         return stock_loss
-    if decoder is None and decodes(model) is None:
+    if decoder is None and not static and decodes(model) is None:
         decoder = Decoder(model)
 
     def from_hidden(_: Any, batch: RowTensors) -> Tensor:

@@ -1,0 +1,137 @@
+"""What the hosts of a run tell each other, with threads in the place of hosts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from pantheraml.distributed.world import Alone, World, gave_up, most, together, told
+from pantheraml.errors import DeviceError, PantheraError, StorageError
+from pantheraml.trainer.checkpoint import TENSORS, Checkpoints, Damaged
+from pantheraml.trainer.hosts import KeptByFirst, check_same, identity
+
+T = TypeVar("T")
+
+
+class Thread:
+    """A `World` of threads, which read what the others wrote on a board."""
+
+    def __init__(self, rank: int, size: int, board: dict[Any, Any], changed: threading.Condition) -> None:
+        self.rank, self.size, self._board, self._changed, self._round = rank, size, board, changed, 0
+
+    def _write(self, value: Any) -> None:
+        with self._changed:
+            self._board[self._round, self.rank] = value
+            self._changed.notify_all()
+
+    def _all(self, value: Any) -> list[Any]:
+        self._write(value)
+        found = []
+        for rank in range(self.size):
+            with self._changed:
+                assert self._changed.wait_for(lambda rank=rank: (self._round, rank) in self._board, timeout=20)
+                found.append(self._board[self._round, rank])
+            if isinstance(found[-1], Exception):
+                raise gave_up(rank, self.size, str(found[-1]))
+        self._round += 1
+        return found
+
+    def gathered(self, text: str) -> list[str]:
+        return self._all(text)
+
+    def give_up(self, why: str) -> None:
+        self._write(Exception(why))
+
+    def shared(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        every = self._all(tensors)
+        kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in every]
+        assert all(each == kinds[0] for each in kinds)
+        return dict(every[0])
+
+
+def on_hosts(do: Callable[[World], T], hosts: int = 2) -> list[T | Exception]:
+    """What each of the hosts returned or raised."""
+    board: dict[Any, Any] = {}
+    changed = threading.Condition()
+
+    def run(rank: int) -> T | Exception:
+        try:
+            return do(Thread(rank, hosts, board, changed))
+        except Exception as error:  # noqa: BLE001 - compared by the test
+            return error
+
+    with ThreadPoolExecutor(hosts) as pool:
+        return list(pool.map(run, range(hosts)))
+
+
+def test_what_the_first_host_says_is_what_all_hear() -> None:
+    assert on_hosts(lambda world: told(world, lambda: {"rank": world.rank}), 3) == [{"rank": 0}] * 3
+    assert on_hosts(lambda world: most(world, world.rank * 2), 3) == [4, 4, 4]
+    assert told(Alone(), lambda: [1, None]) == [1, None]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_host_stops_all_and_names_it(rank: int) -> None:
+    def work(world: World) -> None:
+        with together(world):
+            if world.rank == rank:
+                raise PantheraError("the disk is gone", why="w", fix="f")
+
+    found = on_hosts(work)
+    assert str(found[rank]).startswith("the disk is gone")
+    other = found[1 - rank]
+    assert isinstance(other, DeviceError) and f"host {rank} of 2 has stopped: the disk is gone" in str(other)
+
+
+def test_something_else_on_one_host_stops_all() -> None:
+    found = on_hosts(lambda world: check_same(world, f"rows {min(world.rank, 1)}", "has read other rows"), 3)
+    assert all(isinstance(each, PantheraError) and "host 1 of 3 has read other rows than host 0" in str(each) for each in found)
+    assert on_hosts(lambda world: check_same(world, "rows", "has read other rows")) == [None, None]
+
+
+def test_models_with_other_weights_are_told_apart() -> None:
+    torch.manual_seed(0)
+    model, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    same = torch.nn.Linear(4, 4)
+    same.load_state_dict(model.state_dict())
+    assert identity(model) == identity(same) != identity(other)
+
+
+def kept(world: World, folder: Path) -> KeptByFirst:
+    return KeptByFirst(Checkpoints(folder / str(world.rank) / "checkpoints", fingerprint="f", keep=2), world, folder / "0")
+
+
+def test_the_checkpoints_of_the_first_host_are_those_of_all(tmp_path: Path) -> None:
+    def work(world: World) -> tuple[Any, ...]:
+        checkpoints = kept(world, tmp_path)
+        assert checkpoints.newest(print) is None
+        for step in (2, 4):
+            weights = {"weight/a": torch.full((2, 3), float(step + 10 * world.rank)), "step/a": torch.tensor(float(step))}
+            checkpoints.save(step, weights, {"tokens": step}, best=None)
+        checkpoints.discard_after(2)
+        found = checkpoints.newest(print)
+        assert found is not None and found.tensors["step/a"].shape == ()
+        return found.step, found.state["tokens"], found.tensors["weight/a"].tolist(), checkpoints.steps()
+
+    assert on_hosts(work) == [(2, 2, [[2.0] * 3] * 2, [2])] * 2
+    assert (tmp_path / "0" / "checkpoints").is_dir() and not (tmp_path / "1" / "checkpoints").exists()
+
+
+def test_a_damaged_one_is_damaged_for_all_and_a_full_disk_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(world: World) -> None:
+        kept(world, tmp_path).save(2, {"weight/a": torch.zeros(3)}, {}, best=None)
+
+    assert on_hosts(save) == [None, None]
+    with (tmp_path / "0" / "checkpoints" / "step-00000002" / TENSORS).open("ab") as file:
+        file.write(b"more")
+    assert all(isinstance(each, Damaged) and TENSORS in str(each) for each in on_hosts(lambda world: kept(world, tmp_path).load(2)))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 0}))
+    first, second = on_hosts(save)
+    assert isinstance(first, StorageError) and isinstance(second, DeviceError)
