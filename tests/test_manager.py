@@ -120,7 +120,7 @@ def test_alone_a_reduction_is_the_tensor_itself() -> None:
     manager.barrier()
     assert manager.all_reduce(torch.tensor([2.0]), "mean").tolist() == [2.0]
     with pytest.raises(ValueError, match="sum, mean, max or min"):
-        manager.all_reduce(torch.tensor([2.0]), "product")  # pyright: ignore[reportArgumentType]
+        manager.all_reduce(torch.tensor([2.0]), "product")
 
 
 REDUCE = """
@@ -183,7 +183,7 @@ def test_factors_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine(FakeBackend("tpu"), ask=HardwareAsk(tpu_batch_factor=16)).get_batch_config(1).batch_size == 16
     for wrong in (0, 2.5, "4"):
         with pytest.raises(ValueError, match="a whole number of at least 1"):
-            machine(FakeBackend("tpu")).get_batch_config(wrong)  # pyright: ignore[reportArgumentType]
+            machine(FakeBackend("tpu")).get_batch_config(wrong)
 
 
 @pytest.mark.parametrize(("number", "power"), [(1, 1), (2, 2), (3, 4), (5, 4), (6, 8), (127, 128), (95, 64), (96, 128)])
@@ -299,7 +299,7 @@ def test_a_measurement_of_bench_goes_before_the_probe(tmp_path: Path) -> None:
         "launch_s": 1e-5,
         "threads": torch.get_num_threads(),
     }
-    kept = Measured(device="cpu:0", name=device.name, dtype=device.dtypes[0], torch=torch.__version__, date="2026-01-01", **figures)  # pyright: ignore[reportArgumentType]
+    kept = Measured(device="cpu:0", name=device.name, dtype=device.dtypes[0], torch=torch.__version__, date="2026-01-01", **figures)
     remember(kept, tmp_path / "cache")
     profile = manager.profile()
     assert (profile.flops_per_s, profile.launch_s, profile.flops_source) == (7e12, 1e-5, "measured 2026-01-01")
@@ -356,4 +356,4 @@ def test_errors_use_the_words_in_which_something_was_asked() -> None:
         with pytest.raises(DeviceError, match="prefer='cuda:1' asks for cuda, but no cuda device answered; here is cpu:0"):
             get_device_manager(prefer="cuda:1")
     with pytest.raises(DeviceError, match="3 is no name of a device"):
-        get_device_manager(prefer=3)  # pyright: ignore[reportArgumentType]
+        get_device_manager(prefer=3)

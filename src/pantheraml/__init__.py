@@ -12,8 +12,9 @@ The shape of the API comes from Unsloth.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pantheraml.lazy import homes
 
 if TYPE_CHECKING:
     from pantheraml.api import FastLanguageModel as FastLanguageModel
@@ -45,14 +46,5 @@ _HOMES = {
     "Recipe": "pantheraml.recipe.types",
     "Run": "pantheraml.trainer.runs",
 }
-__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pantheraml' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] - it cannot count them; the table is the one list of the names
+__getattr__, __dir__ = homes(__name__, _HOMES)

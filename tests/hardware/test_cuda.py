@@ -43,11 +43,11 @@ def test_recordings_share_a_pool_as_long_as_one_of_them_lives(monkeypatch: pytes
     record = CudaBackend().recorder(0)
     (one, replay), (two, again) = record(lambda: torch.ones(1)), record(lambda: torch.zeros(1))
     assert one.item() == 1 and two.item() == 0
-    assert replay.__self__.at == again.__self__.at == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert replay.__self__.at == again.__self__.at == 1
     del replay, again
     gc.collect()
     _, replay = record(lambda: torch.ones(1))
-    assert replay.__self__.at == 2  # pyright: ignore[reportFunctionMemberAccess]
+    assert replay.__self__.at == 2
 
     def fails() -> torch.Tensor:
         raise RuntimeError("operation not permitted")

@@ -89,7 +89,7 @@ def test_the_room_imports_without_torch_and_an_unknown_name_is_an_attribute_erro
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("[] ")
     with pytest.raises(AttributeError, match="has no attribute 'get_quantum_device'"):
-        _ = pantheraml.hardware.get_quantum_device  # pyright: ignore[reportAttributeAccessIssue]
+        _ = pantheraml.hardware.get_quantum_device
 
 
 # ---- Which device ----------------------------------------------------------------------------------------------------

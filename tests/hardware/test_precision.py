@@ -29,7 +29,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     @custom_bwd
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, w = ctx.saved_tensors
         Product.seen.append((torch.is_autocast_enabled("cpu"), (x.T @ x).dtype))
         return gradient @ w.T, x.T @ gradient
@@ -44,7 +44,7 @@ class InFloat32(torch.autograd.Function):
 
     @staticmethod
     @custom_bwd
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient
 
 

@@ -18,7 +18,7 @@ from pantheraml.hardware.speed import CACHE, Measured, matmul_flops, measure, me
 
 @pytest.fixture(scope="module")
 def cpu() -> Device:
-    (device,) = CpuBackend().probe()  # pyright: ignore[reportGeneralTypeIssues]
+    (device,) = CpuBackend().probe()
     return device
 
 

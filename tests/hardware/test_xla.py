@@ -41,7 +41,7 @@ def no_answer(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
 
 
 def backend(tmp_path: Path, **environment: str) -> XlaBackend:
-    return XlaBackend(environment=TpuEnvironment(**environment), root=tmp_path)  # pyright: ignore[reportArgumentType]
+    return XlaBackend(environment=TpuEnvironment(**environment), root=tmp_path)
 
 
 def absent(answer: tuple[Device, ...] | Absent) -> Absent:

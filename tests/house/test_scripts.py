@@ -33,3 +33,18 @@ def test_constraints_pin_what_is_asked_for():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line) for line in lines)
     # Each torch asks for its own versions of these.
     assert not pinned & {"torch", "sympy", "networkx", "mpmath", "triton"}
+
+
+@pytest.mark.parametrize(("main", "xla"), [(0, 0), (1, 0), (0, 1)])
+def test_the_test_script_fails_when_either_suite_does(tmp_path, main, xla):
+    """With a setup and a python of our own in its place, which end as they are told."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts" / "test")
+    (tmp_path / "scripts" / "setup").write_text("exit 0\n")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *--ignore=tests/xla*) exit {main} ;; *) echo of XLA; exit {xla} ;; esac\n')
+    python.chmod(0o755)
+    done = subprocess.run([shutil.which("dash") or "sh", tmp_path / "scripts" / "test"], capture_output=True, text=True, check=False)
+    assert done.returncode == max(main, xla), done.stderr
+    assert "of XLA" in done.stdout

@@ -171,7 +171,7 @@ def test_operands_lie_by_rows_and_the_result_is_one_that_every_gpu_has(monkeypat
         assert isinstance(rest["scale_a"], Tensor) and rest["scale_a"].shape == (len(a), 1) and rest["scale_a"].is_contiguous()
         assert isinstance(rest["scale_b"], Tensor) and rest["scale_b"].shape == (1, b.shape[1]) and rest["scale_b"].is_contiguous()
         results.append(rest["out_dtype"])
-        return real(a, b, **rest)  # pyright: ignore[reportArgumentType]
+        return real(a, b, **rest)
 
     monkeypatch.setattr(torch, "_scaled_mm", checked)
     base = Fp8(drawn(48, 32).T.contiguous().T)

@@ -66,8 +66,8 @@ def test_no_tokens_are_no_error() -> None:
 
 def peft_layer(n_in: int, n_out: int, rank: int, dtype: torch.dtype) -> Any:
     """One linear layer under PEFT, as `attach` makes it."""
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"])  # pyright: ignore[reportArgumentType]
-    model = get_peft_model(nn.Sequential(nn.Linear(n_in, n_out)).to(dtype), config)  # pyright: ignore[reportArgumentType]
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(n_in, n_out)).to(dtype), config)
     return model.base_model.model[0]
 
 

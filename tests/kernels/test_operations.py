@@ -262,7 +262,7 @@ def test_gradients_of_the_references_are_those_of_finite_differences(name: str) 
     angles, starts = drawn(4, 2, dtype=torch.float64), torch.tensor([0, 1, 4], dtype=torch.int32)
     check = torch.autograd.gradcheck
     assert check(lambda x, w: rms_norm(x, w, eps=1e-5, offset=1.0), (x, w))
-    assert check(lambda x: gated(x, x * 0.5, name), (x,))  # pyright: ignore[reportArgumentType]
+    assert check(lambda x: gated(x, x * 0.5, name), (x,))
     assert check(lambda q: rope(q, angles.cos(), angles.sin(), interleaved=name == "silu"), (q,))
     assert check(lambda q: attention(q, q[:, :1] * 0.3, q[:, 1:], starts, 3, scale=0.7, window=2, softcap=3.0), (q,))
 

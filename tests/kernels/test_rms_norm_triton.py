@@ -37,9 +37,9 @@ def check(device: str, x: Tensor, weight: Tensor | None, offset: float, add: Ten
     dx, dw = run(device, rms_norm_backward, dy, x, weight, rstd, offset, add, weight is not None)
     assert (y.dtype, rstd.dtype, dx.dtype, dw.dtype) == (x.dtype, F32, x.dtype, F32)
     leaves = [x.double().requires_grad_(), None if weight is None else weight.double().requires_grad_()]
-    wanted = definition(leaves[0], leaves[1], offset)  # pyright: ignore[reportArgumentType]
+    wanted = definition(leaves[0], leaves[1], offset)
     others = [x.clone().requires_grad_(), None if weight is None else weight.clone().requires_grad_()]
-    found = stock(others[0], others[1], offset)  # pyright: ignore[reportArgumentType]
+    found = stock(others[0], others[1], offset)
     exact = list(torch.autograd.grad(wanted, [leaf for leaf in leaves if leaf is not None], dy.double()))
     theirs = list(torch.autograd.grad(found, [leaf for leaf in others if leaf is not None], dy))
     if add is not None:

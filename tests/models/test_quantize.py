@@ -224,7 +224,7 @@ def test_layers_that_nobody_may_round_stay_as_they_are(small: Any) -> None:
 
     # An adapter on the head, and one that is not trained.
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
-    model: Any = get_peft_model(small("llama", tie_word_embeddings=False), config)  # pyright: ignore[reportArgumentType]
+    model: Any = get_peft_model(small("llama", tie_word_embeddings=False), config)
     model.requires_grad_(False)
     to_eight_bits(model, "int8")
     dense = {name for name, kind in kinds(model).items() if kind is torch.nn.Linear}

@@ -52,7 +52,7 @@ def choose(free_mib: int, **changes: object):
         "layers": LAYERS,
         "rungs": ("keep", "all"),
     }
-    return choose_micro_tokens(estimate, **{**arguments, **changes})  # type: ignore[arg-type]
+    return choose_micro_tokens(estimate, **{**arguments, **changes})
 
 
 def test_micro_tokens_fill_the_memory_but_for_the_headroom() -> None:

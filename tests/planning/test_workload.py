@@ -106,7 +106,7 @@ def test_a_training_run_is_tokens_times_flops_at_the_speed_of_a_step() -> None:
 
 def test_an_objective_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="objective is time, cost or balanced"):
-        choose(Workload(flops=1.0), [FAST], "speed")  # pyright: ignore[reportArgumentType]
+        choose(Workload(flops=1.0), [FAST], "speed")
 
 
 def test_a_part_whose_speed_nobody_knows_is_not_nothing() -> None:
@@ -124,4 +124,4 @@ def test_a_part_whose_speed_nobody_knows_is_not_nothing() -> None:
 )
 def test_amounts_that_are_none_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="finite amounts"):
-        Workload(**wrong)  # pyright: ignore[reportArgumentType]
+        Workload(**wrong)

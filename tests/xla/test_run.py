@@ -60,7 +60,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path: Path, rows: s
     save = Checkpoints.save
 
     def then_stop(self: Checkpoints, step: int, *args: object, **how: object) -> object:
-        kept = save(self, step, *args, **how)  # type: ignore[arg-type]
+        kept = save(self, step, *args, **how)
         raise KeyboardInterrupt if step == 2 else AssertionError(kept)
 
     with monkeypatch.context() as patch:

@@ -99,12 +99,12 @@ def test_training_is_set_up_and_cleaned_up_in_one_call() -> None:
 def test_what_is_no_configuration_is_refused() -> None:
     for wrong in ({"num_cores": 0}, {"fsdp": 0}, {"dp": -1}, {"tp": 2.0}, {"num_cores": "8"}):
         with pytest.raises(RecipeError, match="is no number of devices"):
-            MultiTPUConfig(**wrong)  # type: ignore[arg-type]
+            MultiTPUConfig(**wrong)
     with pytest.raises(RecipeError, match="takes a MultiTPUConfig"):
-        setup_multi_tpu(8)  # type: ignore[arg-type]
+        setup_multi_tpu(8)
     for size in (None, "big", True, 8):
         with pytest.raises(RecipeError, match="is no size of a model"):
-            TPUConfigManager.get_optimal_config(size, slice_name="v5e-8")  # type: ignore[arg-type]
+            TPUConfigManager.get_optimal_config(size, slice_name="v5e-8")
     with pytest.raises(DeviceError, match="at least one chip"):
         TPUConfigManager.get_optimal_config("8b", slice_name="0*v5e-8")
     assert TPUConfigManager.get_optimal_config("8b", slice_name="2*v5e-8").tpu.dcn == 2
@@ -165,7 +165,7 @@ def test_other_arguments_choose_what_is_compiled_and_numbers_are_not_narrowed() 
     with pytest.raises(DeviceError, match="hand over those from outside as arguments"):
         optimizer.compile(lambda x: x + outside)(torch.ones(3))
     with pytest.raises(RecipeError, match="takes a function or a module"):
-        optimizer.compile(3)  # type: ignore[arg-type]
+        optimizer.compile(3)
 
 
 def test_functions_of_several_tensors_and_what_cannot_be_traced() -> None:

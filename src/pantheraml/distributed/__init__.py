@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pantheraml.lazy import homes
 
 if TYPE_CHECKING:
     from pantheraml.distributed.multi_tpu import MultiTPUConfig as MultiTPUConfig
@@ -35,10 +36,5 @@ _HOMES = {
     "optimize_tpu_memory": "pantheraml.distributed.tpu_memory",
     "TPUErrorHandler": "pantheraml.hardware.recovery",
 }
-__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pantheraml.distributed' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] - it cannot count them; the table is the one list of the names
+__getattr__, __dir__ = homes(__name__, _HOMES)

@@ -97,7 +97,7 @@ def stopping(world: World) -> Iterator[None]:
     """What is raised in the block, the other processes hear of."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # also an interrupt; it is raised again
         world.give_up(error.what if isinstance(error, PantheraError) else repr(error))
         raise
 

@@ -124,7 +124,7 @@ def quantize(source: Path, out: Path, type_name: str) -> None:
 
     file_type = int(gguf.LlamaFileType[f"MOSTLY_{type_name}"])
     try:
-        import llama_cpp  # pyright: ignore[reportMissingImports]
+        import llama_cpp  # pyright: ignore[reportMissingImports] - optional
     except ImportError:
         program = shutil.which("llama-quantize")
         if program is None:
@@ -219,7 +219,7 @@ class _LlamaCppPython:
     name = "llama-cpp-python"
 
     def __init__(self, file: Path) -> None:
-        import llama_cpp  # pyright: ignore[reportMissingImports]
+        import llama_cpp  # pyright: ignore[reportMissingImports] - optional
 
         try:
             self._model = llama_cpp.Llama(

@@ -5,8 +5,9 @@ Importing it imports no torch; each name brings its file when it is used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pantheraml.lazy import homes
 
 if TYPE_CHECKING:
     from pantheraml.hardware.failures import classify as classify
@@ -27,31 +28,22 @@ if TYPE_CHECKING:
     from pantheraml.hardware.recovery import handle_device_oom as handle_device_oom
 
 _HOMES = {
-    "get_pytorch_device": "placement",
-    "get_autocast_device": "placement",
-    "get_tpu_safe_device": "placement",
-    "safe_device_placement": "placement",
-    "get_device_with_fallback": "placement",
-    "get_inference_context": "placement",
-    "tpu_compatible_inference_mode": "placement",
-    "initialize_tpu_context": "placement",
-    "ensure_tpu_initialization": "placement",
-    "custom_fwd": "precision",
-    "custom_bwd": "precision",
-    "get_grad_scaler": "precision",
-    "torch_device_context": "precision",
-    "handle_device_oom": "recovery",
-    "TPUErrorHandler": "recovery",
-    "classify": "failures",
+    "get_pytorch_device": "pantheraml.hardware.placement",
+    "get_autocast_device": "pantheraml.hardware.placement",
+    "get_tpu_safe_device": "pantheraml.hardware.placement",
+    "safe_device_placement": "pantheraml.hardware.placement",
+    "get_device_with_fallback": "pantheraml.hardware.placement",
+    "get_inference_context": "pantheraml.hardware.placement",
+    "tpu_compatible_inference_mode": "pantheraml.hardware.placement",
+    "initialize_tpu_context": "pantheraml.hardware.placement",
+    "ensure_tpu_initialization": "pantheraml.hardware.placement",
+    "custom_fwd": "pantheraml.hardware.precision",
+    "custom_bwd": "pantheraml.hardware.precision",
+    "get_grad_scaler": "pantheraml.hardware.precision",
+    "torch_device_context": "pantheraml.hardware.precision",
+    "handle_device_oom": "pantheraml.hardware.recovery",
+    "TPUErrorHandler": "pantheraml.hardware.recovery",
+    "classify": "pantheraml.hardware.failures",
 }
-__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] - it cannot count them; the table is the one list of the names
+__getattr__, __dir__ = homes(__name__, _HOMES)

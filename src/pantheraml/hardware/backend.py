@@ -125,3 +125,12 @@ def open_backend(kind: Kind, *, simulate: bool = False) -> Backend:
 def backend_of(device: Device) -> Backend:
     """The backend that drives a device that was found."""
     return open_backend(device.kind, simulate=device.simulated and KINDS[device.kind].engine == "xla")
+
+
+def set_host_threads(threads: int | None) -> int:
+    """CPU threads of torch beside a device that does the work itself; None: torch's own number is kept. Returns the number."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

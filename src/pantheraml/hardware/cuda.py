@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 
 from pantheraml.hardware import nvidia
-from pantheraml.hardware.backend import MemoryUse, Recorder, Telemetry
+from pantheraml.hardware.backend import MemoryUse, Recorder, Telemetry, set_host_threads
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.kinds import Kind
@@ -102,9 +102,7 @@ class CudaBackend:
 
     def set_threads(self, threads: int | None) -> int:
         """Torch's own number is kept unless one is given: the work is on the GPU."""
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return torch.get_num_threads()
+        return set_host_threads(threads)
 
     def synchronize(self, index: int | None = None) -> None:
         """Wait for a GPU; None: the current one."""

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from pantheraml.hardware.backend import MemoryUse, Telemetry
+from pantheraml.hardware.backend import MemoryUse, Telemetry, set_host_threads
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.recipe.kinds import Kind
@@ -86,9 +86,7 @@ class MpsBackend:
 
     def set_threads(self, threads: int | None) -> int:
         """Torch's own number is kept unless one is given: the work is on the GPU."""
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return torch.get_num_threads()
+        return set_host_threads(threads)
 
     def synchronize(self, index: int | None = None) -> None:
         """Wait for the GPU."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pantheraml.hardware.backend import MemoryUse, Telemetry
+from pantheraml.hardware.backend import MemoryUse, Telemetry, set_host_threads
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
 from pantheraml.hardware.tpu import seen_on_pci
@@ -106,9 +106,7 @@ class TorchTpuBackend:
 
     def set_threads(self, threads: int | None) -> int:
         """Torch's own number is kept unless one is given: the work is on the TPU."""
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return torch.get_num_threads()
+        return set_host_threads(threads)
 
     def synchronize(self, index: int | None = None) -> None:
         """Wait for the TPU."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pantheraml.errors import DeviceError
-from pantheraml.hardware.backend import MemoryUse, Telemetry
+from pantheraml.hardware.backend import MemoryUse, Telemetry, set_host_threads
 from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.tpu import FLAT, TpuEnvironment, device_files, duty_cycle, read_tpu_environment, seen_on_pci, shape_of
@@ -207,11 +207,7 @@ class XlaBackend:
 
     def set_threads(self, threads: int | None) -> int:
         """Torch's own number is kept unless one is given: the work is on the TPU."""
-        import torch
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return torch.get_num_threads()
+        return set_host_threads(threads)
 
     def synchronize(self, index: int | None = None) -> None:
         """Wait for what this process gave to its devices. A device works off what it is given in order."""
@@ -262,7 +258,7 @@ class XlaBackend:
         if self._simulate or not opened:
             return Telemetry()
         try:
-            from libtpu.sdk import tpumonitoring  # pyright: ignore[reportMissingImports]  # comes with the extra
+            from libtpu.sdk import tpumonitoring  # pyright: ignore[reportMissingImports] - comes with the extra
 
             return Telemetry(utilization=duty_cycle(tpumonitoring.get_metric("duty_cycle_pct").data(), index, len(opened)))
         except (ImportError, AttributeError, RuntimeError):

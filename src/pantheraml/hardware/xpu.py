@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pantheraml.hardware.backend import MemoryUse, Telemetry
+from pantheraml.hardware.backend import MemoryUse, Telemetry, set_host_threads
 from pantheraml.hardware.device import Absent, Device
 from pantheraml.hardware.sensors import PowerMeter, intel_energy_uj, intel_gpus, intel_temperature_c
 from pantheraml.hardware.speed import matmul_flops, matmul_seconds
@@ -92,9 +92,7 @@ class XpuBackend:
 
     def set_threads(self, threads: int | None) -> int:
         """Torch's own number is kept unless one is given: the work is on the GPU."""
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return torch.get_num_threads()
+        return set_host_threads(threads)
 
     def synchronize(self, index: int | None = None) -> None:
         """Wait for a GPU; None: the current one."""

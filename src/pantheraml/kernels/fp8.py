@@ -80,5 +80,5 @@ def _product(rows_NI: Tensor, scale_N1: Tensor, dtype: torch.dtype, q_OI: Tensor
         return rows_NI.new_empty(0, len(q_OI), dtype=dtype)
     # bfloat16 is the only result that every GPU has with a scale a row; what it rounds is a tenth of what eight bits did.
     scales: Any = {"scale_a": scale_N1, "scale_b": scale_O1.T.contiguous()}
-    y = torch._scaled_mm(rows_NI, q_OI.T, **scales, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
+    y = torch._scaled_mm(rows_NI, q_OI.T, **scales, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
     return y.to(dtype)

@@ -90,7 +90,7 @@ class Product:
         """[N, O], and what is to be added."""
         q, scale_N1 = rows
         padded = pad(q, (0, -self._inputs % _MULTIPLE, 0, max(0, _ROWS - len(q))))
-        y = torch._int_mm(padded.contiguous(), self._padded.T)  # pyright: ignore[reportPrivateImportUsage]
+        y = torch._int_mm(padded.contiguous(), self._padded.T)  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
         scaled = (y[: len(q), : self._outputs] * scale_N1).mul_(self.scale)
         return (scaled if add_NO is None else scaled.add_(add_NO)).to(dtype)
 

@@ -137,7 +137,7 @@ def choose_micro_tokens(
         if fits(tokens, (rung,) * layers):
             above = rungs[: rungs.index(rung)]
             mix = mixes and bool(above)
-            levels = mixed(layers, above[-1], rung, lambda levels: fits(tokens, levels)) if mix else (rung,) * layers  # noqa: B023
+            levels = mixed(layers, above[-1], rung, lambda levels: fits(tokens, levels)) if mix else (rung,) * layers  # noqa: B023 - called in this turn of the loop only
             return _chosen(
                 tokens, levels, estimate(tokens, levels), asked=asked, cap=cap, busy=busy, free_bytes=free_bytes, given=len(rungs) == 1
             )

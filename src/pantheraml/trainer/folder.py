@@ -93,7 +93,7 @@ def _begun(folder: Path) -> Iterator[None]:
     before = set(folder.iterdir())
     try:
         yield
-    except BaseException:
+    except BaseException:  # also an interrupt; it is raised again
         if not (folder / CHECKPOINTS).exists():
             for place in set(folder.iterdir()) - before - {folder / _LOCK, folder / BAD_ROWS}:
                 _delete(place)

@@ -198,7 +198,7 @@ class _TensorBoard:
 class _Trackio:
     def __init__(self, folder: Path, values: dict[str, Any]) -> None:
         try:
-            import trackio  # pyright: ignore[reportMissingImports]
+            import trackio  # pyright: ignore[reportMissingImports] - optional
         except ImportError as error:
             raise MissingExtra("trackio", needed_for="run.reporters=trackio", install="trackio") from error
         self._library: Any = trackio
@@ -214,7 +214,7 @@ class _Trackio:
 class _Wandb:
     def __init__(self, folder: Path, values: dict[str, Any]) -> None:
         try:
-            import wandb  # pyright: ignore[reportMissingImports]
+            import wandb  # pyright: ignore[reportMissingImports] - optional
         except ImportError as error:
             raise MissingExtra("wandb", needed_for="run.reporters=wandb", install="wandb") from error
         self._run: Any = wandb.init(project="pantheraml", name=folder.name, dir=str(folder), config=values, resume="allow", id=folder.name)
