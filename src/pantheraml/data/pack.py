@@ -6,7 +6,7 @@ with each of them, and no label reaches from one into the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -40,6 +40,7 @@ class MicroBatch:
         label_count: labels that are not -100.
         starts, longest: see `segments`.
         labelled: see `labelled_tokens`.
+        filler: its loss counts for nothing: it is computed because other processes meet this one there.
     """
 
     input_ids: np.ndarray
@@ -47,6 +48,7 @@ class MicroBatch:
     labels: np.ndarray
     real_tokens: int
     label_count: int
+    filler: bool = False
     starts: np.ndarray = field(init=False)
     longest: int = field(init=False)
     labelled: np.ndarray = field(init=False)
@@ -147,6 +149,48 @@ def pack_step(
         tokens=sum(batch.real_tokens for batch in micro),
         where=tuple(examples[i].where for _, _, rows in layout for row in rows for i in row),
     )
+
+
+def share_step(
+    examples: Sequence[Example], pack: Callable[[Sequence[Example]], StepBatch], *, rank: int, size: int, in_step: bool
+) -> StepBatch:
+    """This process's share of the examples of one step, packed; all processes together take each example exactly once.
+
+    The counts are those of the whole step, so that losses add up to its mean.
+
+    Args:
+        pack: lays examples into micro-batches.
+        rank, size: of this process among those that share the examples.
+        in_step: all have as many micro-batches, each with a label; those that are added count for nothing. Otherwise each has at least one.
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    tokens = [0] * size
+    # The longest first, each to who has least, so that all are done at about the same time.
+    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens)):
+        least = min(range(size), key=lambda each: tokens[each])
+        shares[least].append(i)
+        tokens[least] += len(examples[i].tokens)
+    packed = [pack([examples[i] for i in sorted(share)]) if share else None for share in shares]
+    most = max(len(each.micro) for each in packed if each is not None)
+    own = packed[rank]
+    micro = () if own is None else own.micro
+    model = next(each for each in packed if each is not None).micro[-1]
+    if in_step:
+        micro = tuple(each if each.label_count else _filler(each) for each in micro)
+    missing = (most if in_step else 1) - len(micro)
+    return StepBatch(
+        micro + (_filler(model),) * max(0, missing),
+        label_count=sum(each.label_count for each in packed if each is not None),
+        tokens=sum(each.tokens for each in packed if each is not None),
+        where=tuple(where for each in packed if each is not None for where in each.where),
+    )
+
+
+def _filler(like: MicroBatch) -> MicroBatch:
+    """A micro-batch of the same shape with a single label, for its first token."""
+    labels = np.full_like(like.labels, IGNORED)
+    labels[0, 0] = like.input_ids[0, 0]
+    return MicroBatch(like.input_ids, like.position_ids, labels, real_tokens=0, label_count=0, filler=True)
 
 
 def efficiency(

@@ -61,8 +61,8 @@ class FusedAdamW:
 
     def __init__(self, flat: FlatParameters, optim: OptimSpec) -> None:
         self._flat, self._clip_norm = flat, optim.clip_norm
-        self._parts = [flat.weights[part] for part, _ in flat.parts]
-        groups = [{"params": [part], "weight_decay": decay} for part, (_, decay) in zip(self._parts, flat.parts, strict=True)]
+        self._parts = [flat.weights[part] for part, _, _ in flat.parts]
+        groups = [{"params": [part], "weight_decay": decay} for part, (_, decay, _) in zip(self._parts, flat.parts, strict=True)]
         self._optimizer: Any = torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         if optim.clip_norm:
             # The kernel divides the gradients by it, and stores them so; meant for the scale of a loss in float16.
@@ -73,7 +73,7 @@ class FusedAdamW:
         """See `AdamW.step`."""
         if not self._moments:
             self._begin()
-        for group, part, (where, _) in zip(self._optimizer.param_groups, self._parts, self._flat.parts, strict=True):
+        for group, part, (where, _, _) in zip(self._optimizer.param_groups, self._parts, self._flat.parts, strict=True):
             group["lr"] = lr
             part.grad = gradients[where]
         if self._clip_norm:
@@ -112,7 +112,7 @@ class FusedAdamW:
     def _begin(self) -> None:
         weights = self._flat.weights
         self._moments = {moment: torch.zeros_like(weights) for moment in _MOMENTS}
-        for part, (where, _) in zip(self._parts, self._flat.parts, strict=True):
+        for part, (where, _, _) in zip(self._parts, self._flat.parts, strict=True):
             self._optimizer.state[part] = {
                 "step": torch.zeros((), device=weights.device),
                 **{moment: flat[where] for moment, flat in self._moments.items()},
@@ -135,7 +135,7 @@ class BlockwiseAdamW:
                 "params": [flat.weights[start : min(start + CHUNK, part.stop)] for start in range(part.start, part.stop, CHUNK)],
                 "weight_decay": decay,
             }
-            for part, decay in flat.parts
+            for part, decay, _ in flat.parts
         ]
         self._optimizer: Any = kind(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, min_8bit_size=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,43 +36,51 @@ class FlatParameters:
     """Takes over the storage of parameters: each becomes a view of `weights`, in float32, and its gradient one of `gradients`.
 
     Parameters that were one tensor in memory stay one. Gaps between parameters have no gradient; what stands in them is nobody's.
+    Of a parameter that is divided over processes (a DTensor) this one's part is meant throughout.
 
     Args:
         model: whose parameters train where they require gradients. While they are moved, old and new memory are both there.
-        decay: the weight decay of a parameter. Those with the same one lie together.
+        decay: the weight decay of a parameter. kind: anything else by which parameters are to be told apart, from their names.
+            Those with the same of both lie together.
 
     Attributes:
         weights: float32, [n].
-        parts: where in it those of one decay lie, and the decay.
+        parts: where in it those of one decay and kind lie, and both.
         gradients: float32, [n]; None before the first step, and after one that failed.
     Raises: ValueError if no parameter trains.
     """
 
-    def __init__(self, model: nn.Module, decay: Callable[[Tensor], float]) -> None:
+    def __init__(self, model: nn.Module, decay: Callable[[Tensor], float], kind: Callable[[str], str] = lambda _: "") -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not trained:
             raise ValueError("no parameter of the model trains")
         self._trained = trained
-        self.parts: list[tuple[slice, float]] = []
+        self.parts: list[tuple[slice, float, str]] = []
         places: dict[object, _Place] = {}
         end = 0
-        for value in sorted({decay(parameter) for parameter in trained.values()}, reverse=True):
+        own = {name: (decay(parameter), kind(name)) for name, parameter in trained.items()}
+        for value in sorted(set(own.values()), reverse=True):
             start = end
-            for parameter in trained.values():
-                if decay(parameter) == value and _memory_of(parameter) not in places:
-                    places[_memory_of(parameter)] = place = _Place(end, parameter.shape)
+            for name, parameter in trained.items():
+                here = local_part(parameter)
+                if own[name] == value and _memory_of(here) not in places:
+                    places[_memory_of(here)] = place = _Place(end, here.shape)
                     end = place.end
             if end > start:
-                self.parts.append((slice(start, end), value))
-        self._places = {name: places[_memory_of(parameter)] for name, parameter in trained.items()}
-        self.weights = torch.zeros(end, dtype=torch.float32, device=next(iter(trained.values())).device)
+                self.parts.append((slice(start, end), *value))
+        self._places = {name: places[_memory_of(local_part(parameter))] for name, parameter in trained.items()}
+        self.weights = torch.zeros(end, dtype=torch.float32, device=local_part(next(iter(trained.values()))).device)
         self.gradients: Tensor | None = None
         self._gradient_of: dict[str, Tensor] = {}
         # A frozen parameter that is the same memory as a trained one goes on being that.
-        for parameter, place in [(each, places[key]) for each in model.parameters() if (key := _memory_of(each)) in places]:
-            view = place.of(self.weights)
-            view.copy_(parameter.data)
-            parameter.data = view
+        taken: list[tuple[Any, _Place]] = [(each, places[key]) for each in model.parameters() if (key := _memory_of(local_part(each))) in places]
+        for parameter, place in taken:
+            view, here = place.of(self.weights), local_part(parameter)
+            view.copy_(here.data)
+            if here is parameter:
+                parameter.data = view
+            else:
+                parameter._local_tensor = view
         self._owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in trained}
         self._without_gradient = set(trained)
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._got_gradient(name)) for name, parameter in trained.items()]
@@ -94,12 +103,21 @@ class FlatParameters:
         """Zeros for a step to add to: the same tensor as long as none failed."""
         if self.gradients is None:
             self.gradients = torch.zeros_like(self.weights)
-            self._gradient_of = self.views(self.gradients)
+            views = self.views(self.gradients)
+            self._gradient_of = {name: _like(self._trained[name], view) for name, view in views.items()}
         else:
             self.gradients.zero_()
         for name, parameter in self._trained.items():
             parameter.grad = self._gradient_of[name]
         return self.gradients
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """After `weights` have changed. FSDP keeps a part that is shorter than that of others in memory of its own."""
+        for name, view in self.views(self.weights).items():
+            here = local_part(self._trained[name])
+            if here.data_ptr() != view.data_ptr():
+                here.copy_(view)
 
     def drop_gradients(self) -> None:
         """Let go of the memory of the gradients."""
@@ -119,7 +137,7 @@ class FlatParameters:
             name
             for name, parameter in self._trained.items()
             if parameter.grad is not self._gradient_of[name]
-            or parameter.data_ptr() != base + size * self._places[name].start
+            or (local_part(parameter) is parameter and parameter.data_ptr() != base + size * self._places[name].start)
             or getattr(self._owners[name], name.rpartition(".")[2]) is not parameter
         ]
         if moved:
@@ -141,6 +159,22 @@ class FlatParameters:
 
     def _got_gradient(self, name: str) -> Callable[[Tensor], None]:
         return lambda _: self._without_gradient.discard(name)
+
+
+def local_part(parameter: Any) -> Any:
+    """Of a DTensor this process's part, which is what training changes; any other tensor itself."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
+def _like(parameter: Any, part: Tensor) -> Tensor:
+    """A part as what the parameter is."""
+    if local_part(parameter) is parameter:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def norm_of(flat: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Training steps in plain torch: one process, one device, whatever torch runs on."""
+"""Training steps in plain torch, on whatever it runs on: one process for a device, alone or with others."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import blake3
 import numpy as np
@@ -16,7 +17,8 @@ from pantheraml.engines.adamw import open_adamw
 from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues, check_fits
 from pantheraml.engines.flat import FlatParameters, norm_of
 from pantheraml.engines.graphs import Graphs, recurring
-from pantheraml.errors import DeviceError
+from pantheraml.engines.piece import Piece, read_part, read_whole
+from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.failures import classify
 from pantheraml.hardware.recovery import Recovery, halvings
@@ -24,6 +26,9 @@ from pantheraml.models.generate import generate
 from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan
 from pantheraml.recipe.types import OptimSpec
+
+if TYPE_CHECKING:
+    from pantheraml.engines.parallel import Parallel
 
 
 class TorchEngine:
@@ -34,10 +39,13 @@ class TorchEngine:
     Args:
         recovery: what to do when memory runs out; None: stop.
         graphs: recordings of micro-batches; None: each is computed in the usual way.
+        parallel: the other processes of the run; None: there are none.
     """
 
-    def __init__(self, backend: Backend, recovery: Recovery | None = None, graphs: Graphs | None = None) -> None:
-        self._backend, self._recovery, self._graphs = backend, recovery or Recovery(), graphs
+    def __init__(
+        self, backend: Backend, recovery: Recovery | None = None, graphs: Graphs | None = None, parallel: Parallel | None = None
+    ) -> None:
+        self._backend, self._recovery, self._graphs, self._parallel = backend, recovery or Recovery(), graphs, parallel
 
     def prepare(
         self, model: Any, loss: LossFn, optim: OptimSpec | None, plan: Plan, *, seed: int, relief: Callable[[], str | None] = lambda: None
@@ -48,8 +56,21 @@ class TorchEngine:
         self._dtype = getattr(torch, plan.dtype)
         if optim is None:
             return
+        self._places: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        parallel = self._parallel
+        if parallel is not None:
+            parallel.divide(model)
+            self._loss = parallel.within(loss)
+            self._places = parallel.places(model)
+            if self._places and optim.states != "float32":
+                raise RecipeError(
+                    f"optim.states={optim.states} does not go with weights that are divided over processes",
+                    why="its blocks of 256 values would have to be cut where the weights are",
+                    fix="set optim.states to float32, or set hardware.parallel to ddp",
+                )
         # In float32: in bfloat16 an update of less than 1/256 of a weight would be lost.
-        self._flat = FlatParameters(model, decay=lambda parameter: optim.weight_decay if parameter.ndim >= 2 else 0.0)
+        kind = parallel.kind if parallel is not None else lambda _: ""
+        self._flat = FlatParameters(model, decay=lambda parameter: optim.weight_decay if parameter.ndim >= 2 else 0.0, kind=kind)
         self._adamw = open_adamw(self._flat, optim)
         # The update looks at this tensor on the device and does nothing where it is 1: no step waits for the host to look.
         self._halted = torch.zeros((), device=self._device)
@@ -64,10 +85,16 @@ class TorchEngine:
     def _step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
         total = self._recovered(f"step {k + 1}", batch, k)
         gradients = self._flat.checked_gradients()
-        norm = norm_of(gradients)
+        if self._parallel is None:
+            norm = norm_of(gradients)
+        else:
+            self._parallel.sum_gradients(self._flat)
+            total, norm = self._parallel.totals(total, self._flat)
         mean = total / max(1, batch.label_count)
         self._halted.copy_(torch.maximum(self._halted, (~(norm.isfinite() & mean.isfinite())).float()))
         self._adamw.step(gradients, norm, self._halted, lr)
+        if self._places:
+            self._flat.spread()
         return StepMetrics(mean, norm)
 
     def rehearse(self, batch: StepBatch) -> None:
@@ -93,7 +120,8 @@ class TorchEngine:
     def _gradients(self, batch: StepBatch, k: int, parts: int) -> Tensor:
         """The sum of the losses of step k; the gradients of their mean are in the parameters, or none if it fails."""
         # Each attempt draws what the first one drew. In smaller parts dropout takes other masks, as with smaller micro-batches.
-        self._backend.seed(_mixed(self._seed, k))
+        share = self._parallel.data_rank if self._parallel is not None else 0
+        self._backend.seed(_mixed(self._seed, k, share))
         total = torch.zeros((), device=self._device)
         gradients = self._flat.zero_gradients()
         count = max(1, batch.label_count)
@@ -102,7 +130,9 @@ class TorchEngine:
         try:
             for micro in batch.micro:
                 for part in self._on_device(micro, parts, again=graphs is not None):
-                    if graphs is None or isinstance(divisor, int):
+                    if micro.filler:  # the others meet this process in its forward and backward
+                        self._backward(part, math.inf)
+                    elif graphs is None or isinstance(divisor, int):
                         total += self._backward(part, divisor)
                     else:
                         total += graphs.backward(part, divisor, self._backward, gradients)
@@ -113,7 +143,7 @@ class TorchEngine:
             raise
         return total
 
-    def _backward(self, batch: MicroTensors, divisor: int | Tensor) -> Tensor:
+    def _backward(self, batch: MicroTensors, divisor: float | Tensor) -> Tensor:
         """The sum of the losses; the gradients of it / divisor are added to those that are there."""
         with self._backend.autocast(self._dtype):
             loss = self._loss(self._model, batch)
@@ -140,8 +170,11 @@ class TorchEngine:
             with self._memory_explained("an evaluation"), torch.no_grad(), self._backend.autocast(self._dtype):
                 for batch in batches:
                     for micro in batch.micro:
-                        total += self._loss_of(micro)
+                        loss = self._loss_of(micro)
+                        total += 0.0 if micro.filler else loss
                     labels += batch.label_count
+                if self._parallel is not None:
+                    total = self._parallel.total(total)
         finally:
             self._model.train(was_training)
         return float(total) / max(1, labels)
@@ -156,26 +189,49 @@ class TorchEngine:
 
     def generate(self, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
         """See `Engine.generate`."""
-        return generate(self._model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        with nullcontext() if self._parallel is None else self._parallel.answering(self._model):
+            return generate(self._model, tokenizer, prompts, max_new_tokens=max_new_tokens)
 
     def state_dict(self) -> State:
         """See `Engine.state_dict`. Names: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` after the first step."""
         state = {f"weight/{name}": view for name, view in self._flat.views(self._flat.weights).items()}
-        return {name: _copied(tensor) for name, tensor in (state | self._adamw.state()).items()}
+        return {name: self._kept(name, tensor) for name, tensor in (state | self._adamw.state()).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
-        moments = {name: tensor for name, tensor in state.items() if not name.startswith("weight/")}
-        check_fits(state, self._weight_shapes() | (self._adamw.shapes() if moments else {}))
-        self._adamw.load(moments)
+        moments = {name: value for name, value in state.items() if not name.startswith("weight/")}
+        check_fits(state, self._whole_shapes(self._weight_shapes() | (self._adamw.shapes() if moments else {})))
+        self._adamw.load({name: self._part(name, value) for name, value in moments.items()})
         self.load_weights(state)
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_weights`."""
         # All of it is looked at before any weight changes.
-        check_fits({name: tensor for name, tensor in state.items() if name.startswith("weight/")}, self._weight_shapes())
+        weights = {name: value for name, value in state.items() if name.startswith("weight/")}
+        check_fits(weights, self._whole_shapes(self._weight_shapes()))
         for name, view in self._flat.views(self._flat.weights).items():
-            view.copy_(state[f"weight/{name}"])
+            view.copy_(self._part(f"weight/{name}", state[f"weight/{name}"]))
+        self._flat.spread()
+
+    def _kept(self, name: str, tensor: Tensor) -> Tensor | Piece:
+        """A tensor of the state on the host, for a checkpoint; of what every process has, the first one's is kept."""
+        place = self._places.get(name.partition("/")[2])
+        if place is not None and tensor.ndim:
+            return Piece(_copied(tensor), *place)
+        first = self._parallel is None or self._parallel.first
+        return _copied(tensor) if first else tensor.detach()
+
+    def _part(self, name: str, value: Any) -> Tensor:
+        """What this process has of a tensor of a state."""
+        place = self._places.get(name.partition("/")[2])
+        if place is None or not value.shape:
+            return read_whole(value)
+        shape = tuple(self._flat.views(self._flat.weights)[name.partition("/")[2]].shape)
+        return read_part(value, place[1], shape)
+
+    def _whole_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        places = {name: self._places.get(name.partition("/")[2]) for name in shapes}
+        return {name: place[0] if (place := places[name]) is not None and shape else shape for name, shape in shapes.items()}
 
     def hand_back(self) -> None:
         """See `Engine.hand_back`. Its parameters are the trained ones all along."""
@@ -274,6 +330,6 @@ def _copied(tensor: Tensor) -> Tensor:
     return copied.clone() if copied.data_ptr() == tensor.data_ptr() else copied
 
 
-def _mixed(seed: int, k: int) -> int:
-    """A seed for step k: steps that follow each other get numbers that have nothing in common."""
-    return int.from_bytes(blake3.blake3(f"{seed}:{k}".encode()).digest(7), "big")
+def _mixed(seed: int, k: int, share: int) -> int:
+    """A seed for a share of step k: steps that follow each other, and shares, get numbers that have nothing in common."""
+    return int.from_bytes(blake3.blake3(f"{seed}:{k}{f':{share}' if share else ''}".encode()).digest(7), "big")

@@ -14,12 +14,13 @@ class Nf4:
     """A `Base` (linear.py) over a Params4bit of bitsandbytes.
 
     Args:
+        weight: that, or any tensor of the same bytes. state: how they are read, which a Params4bit says itself.
         keep: what was made whole is kept, in the dtype of the rows that it is multiplied with.
     Source: arXiv 2305.14314; the format and its reading are bitsandbytes'.
     """
 
-    def __init__(self, weight: Any, *, keep: bool = False) -> None:
-        self._weight, self._keep = weight, keep
+    def __init__(self, weight: Any, state: Any = None, *, keep: bool = False) -> None:
+        self._weight, self._state, self._keep = weight, state or weight.quant_state, keep
         self._whole: Tensor | None = None
 
     def prepare(self, x_NI: Tensor) -> Tensor:
@@ -50,6 +51,6 @@ class Nf4:
 
         # As one long row: blocks of 64 were taken along it, but a CPU would read them as if each row of the matrix began anew
         # (bitsandbytes 0.50), which is another matrix where I is no multiple of 64.
-        state = copy(self._weight.quant_state)
+        state = copy(self._state)
         shape, state.shape = state.shape, torch.Size((state.shape.numel(),))
         return dequantize_4bit(self._weight.data, state).view(shape)

@@ -24,9 +24,11 @@ from pantheraml.kernels.gated import reference as gate
 from pantheraml.kernels.linear import Norm, Projection, gated_linear, linear, linears
 from pantheraml.kernels.rms_norm import rms_norm
 from pantheraml.kernels.rope import rope
+from pantheraml.kernels.tensor_parallel import Side, TensorParallel
 from pantheraml.models.compiled import compiled
 from pantheraml.models.head import causal_model, output_head
 from pantheraml.models.lora import projection
+from pantheraml.models.swap import called
 from pantheraml.planning.levels import Levels, format_levels, lower
 from pantheraml.planning.memory import TILE_TOKENS, TILED, Level
 
@@ -109,6 +111,8 @@ class Decoder:
         allowed: levels that `lower` may go to, the fastest first.
         in_host_memory: a context in which what is saved for backward goes to ordinary memory.
         compile: torch compiles a layer, but for those whose MLP is taken in pieces.
+        tp: the processes over which products are divided; see models/tensor_parallel.py.
+        hooked: each layer is called as a module, for hooks that bring its weights.
     """
 
     def __init__(
@@ -119,6 +123,8 @@ class Decoder:
         allowed: Sequence[Level] = (),
         in_host_memory: Callable[[], AbstractContextManager[Any]] | None = None,
         compile: bool = False,
+        tp: TensorParallel | None = None,
+        hooked: bool = False,
     ) -> None:
         causal = causal_model(model)
         self._config = causal.config
@@ -127,7 +133,7 @@ class Decoder:
         self._layers: list[Any] = list(self._backbone.layers)
         self.levels: Levels = tuple(levels or ("cheap",) * len(self._layers))
         self._allowed = tuple(allowed)
-        self._in_host_memory = in_host_memory
+        self._in_host_memory, self._tp, self._hooked = in_host_memory, tp, hooked
         self._compiled = compiled(self._layer, whole=True) if compile else None
         self._facts = [self._facts_of(i, layer) for i, layer in enumerate(self._layers)]
         # What is drawn at random in a layer is drawn again where the layer is computed again.
@@ -146,7 +152,8 @@ class Decoder:
         last = len(self._layers) - 1
         for i, (layer, level) in enumerate(zip(self._layers, self.levels, strict=True)):
             rows = batch.labelled if i == last else None
-            x_ND = self._at(level, i, layer, x_ND, batch, angles, rows)
+            arguments = (level, i, layer, x_ND, batch, angles, rows)
+            x_ND = called(layer, self._at, *arguments) if self._hooked else self._at(*arguments)
         norm = self._norm(self._backbone.norm)
         return self._backbone.norm(x_ND) if norm is None else rms_norm(x_ND, norm.weight_I, eps=norm.eps, offset=norm.offset)
 
@@ -248,19 +255,37 @@ class Decoder:
 
     def _group(self, modules: Sequence[nn.Module], x: Tensor, norm: Any, keep: bool) -> tuple[Tensor, ...]:
         """The results of linear layers on norm(x), and x."""
-        projections = [projection(module) for module in modules]
-        fused = self._norm(norm)
-        if fused is not None and all(each is not None for each in projections):
+        projections = [self._projection(module, "outputs") for module in modules]
+        fused, plain = self._norm(norm), all(each is not None for each in projections)
+        if fused is not None and plain and self._tp is None:
             return linears(x, _present(projections), norm=fused, keep=keep, through=True)
-        h = norm(x) if fused is None else rms_norm(x, fused.weight_I, eps=fused.eps, offset=fused.offset)
+        begun = x if self._tp is None else self._tp.begun(x)
+        if fused is not None and plain:
+            return *linears(begun, _present(projections), norm=fused, keep=keep), x
+        h = norm(begun) if fused is None else rms_norm(begun, fused.weight_I, eps=fused.eps, offset=fused.offset)
         h = h.to(x.dtype)
-        if all(each is not None for each in projections):
+        if plain:
             return *linears(h, _present(projections)), x
         return *(module(h).to(x.dtype) for module in modules), x
 
+    def _projection(self, module: nn.Module, side: Side) -> Projection | None:
+        """A layer for the kernels; None: it keeps its own forward, which a divided one has not."""
+        found = projection(module)
+        if self._tp is None or found is None:
+            return found
+        return self._tp.projection(found, side)
+
+    def _behind(self, partial: Tensor, module: Any) -> Tensor:
+        """What a layer divided by inputs gives, from what this process has of it."""
+        assert self._tp is not None
+        y = self._tp.summed(partial)
+        return y if module.bias is None else y + module.bias.to(y.dtype)
+
     def _back(self, module: nn.Module, y: Tensor, x: Tensor, after: Any, factor: float) -> Tensor:
         """x + factor * after(module(y))."""
-        plain = projection(module)
+        plain = self._projection(module, "inputs")
+        if self._tp is not None and plain is not None:
+            return self._added(x, self._behind(linear(y, plain), module), after, factor)
         if plain is not None and after is None:
             return linear(y, plain, residual_NO=x, factor=factor)
         return self._added(x, module(y).to(x.dtype) if plain is None else linear(y, plain), after, factor)
@@ -278,7 +303,10 @@ class Decoder:
         again: bool,
     ) -> Tensor:
         """x + factor * after(module(act(gate) * up))."""
-        plain = projection(module)
+        plain = self._projection(module, "inputs")
+        if self._tp is not None and plain is not None:
+            y = gated_linear(gate_NF, up_NF, activation, plain, keep=keep)
+            return x if again and after is None else self._added(x, self._behind(y, module), after, factor)
         if plain is not None and after is None:
             return gated_linear(gate_NF, up_NF, activation, plain, residual_NO=x, factor=factor, keep=keep, unread=again)
         if plain is not None:

@@ -88,6 +88,35 @@ def _plain(layer: Any, matrix: Tensor, dtype: torch.dtype) -> nn.Linear:
     return plain
 
 
+class FourBitLinear(nn.Module):
+    """A frozen linear layer in four bits whose matrix is a plain tensor of bytes, which can be divided over processes and gathered."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._state = layer.weight.quant_state
+        self.weight = nn.Parameter(layer.weight.data.view(-1), requires_grad=False)
+        self.bias = layer.bias
+
+    @property
+    def kernel_base(self) -> Nf4:
+        """What the layer multiplies by, as its bytes are now."""
+        return Nf4(self.weight, self._state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias, [..., outputs]."""
+        rows = x.reshape(-1, self.in_features).to(product_dtype(x))
+        return linear(rows, Projection(None, self.bias, base=self.kernel_base)).view(*x.shape[:-1], self.out_features)
+
+
+def to_plain_bytes(model: Any) -> None:
+    """Every layer in four bits into a `FourBitLinear`. FSDP knows nothing of the kind of tensor that bitsandbytes keeps."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not hasattr(layer, "base_layer") and getattr(getattr(layer, "weight", None), "quant_state", None) is not None:
+                setattr(parent, name, FourBitLinear(layer))
+
+
 class WeightAbsent(PantheraError, AttributeError):
     """Somebody asked a layer for the matrix that it no longer has."""
 

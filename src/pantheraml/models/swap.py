@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,3 +36,12 @@ def swapped(model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | No
     finally:
         for name, module in before.items():
             model.set_submodule(name, module)
+
+
+def called(module: Any, compute: Callable[..., Any], *arguments: Any) -> Any:
+    """compute(*arguments) in the place of the module's forward, so that its hooks run around it."""
+    module.forward = compute
+    try:
+        return module(*arguments)
+    finally:
+        del module.forward

@@ -1,0 +1,191 @@
+"""Several processes that train one model: who has which part of it, and what they tell each other in a step.
+
+Axes of the mesh, the outermost first: dp holds copies, fsdp parts of every weight that are gathered where they are used
+(PyTorch's FSDP2), tp parts of the products. What trains is one vector on each process, so that gradients of copies are
+summed in one go, once a step: micro-batches may differ in number and be divided when memory runs out, and adapters, which
+every process has as a whole, are the only thing that travels for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from pantheraml.engines.engine import LossFn
+from pantheraml.engines.flat import FlatParameters, norm_of
+from pantheraml.kernels.tensor_parallel import TensorParallel
+from pantheraml.models.quantize import to_plain_bytes
+from pantheraml.models.swap import called
+from pantheraml.models.tensor_parallel import divide, divided_layers, summed_over
+
+AXES = ("dp", "fsdp", "tp")
+_SHARED, _PARTIAL, _PART = "shared", "partial", "part"
+
+
+class Parallel:
+    """This process's place in the mesh, and its part of the model.
+
+    torch.distributed is ready, with as many processes as the mesh has places.
+
+    Args:
+        mesh: axis -> processes. device: of this process.
+
+    Attributes:
+        tp: those with which it shares products; None: none.
+        data_rank, data_size: whose share of a step's examples it takes, and into how many they are divided.
+        in_step: all processes take as many micro-batches, since they meet in each.
+    """
+
+    def __init__(self, mesh: Mapping[str, int], device: torch.device) -> None:
+        self._sizes = [mesh.get(axis, 1) for axis in AXES]
+        self._device, self._rank = device, dist.get_rank()
+        if math.prod(self._sizes) != dist.get_world_size():
+            raise ValueError(f"a mesh of {self._sizes} does not have the {dist.get_world_size()} processes that are here")
+        self._at = self._place(self._rank)
+        _, self._fsdp, tp = self._sizes
+        self.data_rank, self.data_size = self._rank // tp, len(self) // tp
+        self.in_step = self._fsdp > 1 or tp > 1
+        self._groups: dict[tuple[str, ...], Any] = {
+            axes: self._group(axes) for axes in (("dp",), ("fsdp",), ("tp",), ("dp", "fsdp"), ("dp", "tp"))
+        }
+        self.tp = TensorParallel(self._at[2], tp, self._groups["tp",]) if tp > 1 else None
+        self._divided: dict[str, int] = {}
+        self._inner: set[str] = set()
+        self._managed: set[str] = set()
+
+    def __len__(self) -> int:
+        return math.prod(self._sizes)
+
+    def _place(self, rank: int) -> tuple[int, int, int]:
+        _, fsdp, tp = self._sizes
+        return rank // (fsdp * tp), rank // tp % fsdp, rank % tp
+
+    def _group(self, axes: tuple[str, ...]) -> Any:
+        """Those that differ from this process along these axes alone. All processes make all groups."""
+        where = [AXES.index(axis) for axis in axes]
+        along: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(len(self)):
+            along.setdefault(tuple(at for i, at in enumerate(self._place(rank)) if i not in where), []).append(rank)
+        if len(next(iter(along.values()))) == 1:
+            return None
+        mine, _ = dist.new_subgroups_by_enumeration(list(along.values()))
+        return mine
+
+    # ---- The model -----------------------------------------------------------------------------------------------
+
+    def divide(self, model: Any) -> None:
+        """Keep this process's part of the model, on its device. What trains beside a frozen base stays whole.
+
+        Raises: RecipeError if its products cannot be divided.
+        """
+        frozen_base = any(not parameter.requires_grad for parameter in model.parameters())
+        if self.tp is not None:
+            self._divided = divide(model, self.tp)
+            self._inner = summed_over(model)
+        if self._fsdp > 1:
+            whole = {parameter for parameter in model.parameters() if parameter.requires_grad} if frozen_base else set[nn.Parameter]()
+            for parameter in whole:
+                parameter.data = parameter.data.to(self._device)
+            self._shard(model, whole)
+            self._managed = set() if frozen_base else {name for name, _ in model.named_parameters()}
+        else:
+            model.to(self._device)
+
+    def _shard(self, model: Any, whole: set[nn.Parameter]) -> None:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = DeviceMesh.from_group(self._groups["fsdp",], self._device.type)
+        to_plain_bytes(model)
+        layers = max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
+        for module in (*layers, model):
+            sharded: Any = fully_shard(module, mesh=mesh, ignored_params=whole)
+            # The sum of the losses is divided by the labels of all processes before, so gradients are summed.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way
+
+    # ---- A step --------------------------------------------------------------------------------------------------
+
+    def kind(self, name: str) -> str:
+        """How the gradients of a trainable parameter add up; see `sum_gradients`."""
+        inner = _PARTIAL if name in self._inner else _PART if name in self._divided else _SHARED
+        return f"{inner} {'managed' if name in self._managed else 'flat'}"
+
+    def sum_gradients(self, flat: FlatParameters) -> None:
+        """Make the gradients of the processes those of the whole step."""
+        assert flat.gradients is not None
+        for where, _, kind in flat.parts:
+            inner, by = kind.split()
+            part = flat.gradients[where]
+            axes = {"dp"} if by == "managed" else {"dp", "fsdp"}
+            if inner == _PARTIAL:
+                axes.add("tp")
+            elif inner == _SHARED and by == "flat" and self.tp is not None:
+                part /= self.tp.size  # each of them has all of it
+                axes.add("tp")
+            self._sum(part, axes)
+
+    def _sum(self, tensor: Tensor, axes: Iterable[str]) -> None:
+        along = tuple(axis for axis, size in zip(AXES, self._sizes, strict=True) if axis in axes and size > 1)
+        if not along:
+            return
+        everybody = math.prod(self._sizes[AXES.index(axis)] for axis in along) == len(self)
+        dist.all_reduce(tensor, group=None if everybody else self._groups[along])
+
+    def totals(self, loss: Tensor, flat: FlatParameters) -> tuple[Tensor, Tensor]:
+        """(sum of the losses of all processes, norm of the gradients of the whole model), after `sum_gradients`."""
+        assert flat.gradients is not None
+        squares = torch.zeros((), device=loss.device)
+        for where, _, kind in flat.parts:
+            inner, by = kind.split()
+            copies = (1 if inner == _PART else self._sizes[2]) * self._sizes[0] * (1 if by == "managed" else self._fsdp)
+            squares += norm_of(flat.gradients[where]).square() / copies
+        both = torch.stack((self._own(loss), squares))
+        dist.all_reduce(both)
+        return both[0], both[1].sqrt()
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The sum of the losses of all processes."""
+        total = self._own(loss).clone()
+        dist.all_reduce(total)
+        return total
+
+    def _own(self, loss: Tensor) -> Tensor:
+        """Processes that share products have the same loss."""
+        return loss / (1 if self.tp is None else self.tp.size)
+
+    def within(self, loss: LossFn) -> LossFn:
+        """The same loss, as FSDP's hooks need it: around the whole of it they bring what belongs to no layer."""
+        return loss if self._fsdp == 1 else lambda model, batch: called(model, loss, model, batch)
+
+    def answering(self, model: Any) -> AbstractContextManager[Any]:
+        """Within the block the model's own forward computes with the parts that are here."""
+        return nullcontext() if self.tp is None else divided_layers(model, self.tp)
+
+    # ---- State ---------------------------------------------------------------------------------------------------
+
+    @property
+    def first(self) -> bool:
+        """Whether this process keeps what all of them have."""
+        return self._rank == 0
+
+    def places(self, model: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(shape of the whole, where this process's part begins) of each trainable parameter that is divided."""
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name: self._where(name, each) for name, each in named.items() if name in self._divided or name in self._managed}
+
+    def _where(self, name: str, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shape, offsets = list(parameter.shape), [0] * parameter.ndim
+        if name in self._managed:  # FSDP cuts the first dimension into equal parts, but for the last ones
+            offsets[0] = min(shape[0], -(-shape[0] // self._fsdp) * self._at[1])
+        if name in self._divided:
+            dim = self._divided[name]
+            offsets[dim] += self._at[2] * shape[dim]
+            shape[dim] *= self._sizes[2]
+        return tuple(shape), tuple(offsets)
