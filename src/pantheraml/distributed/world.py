@@ -1,14 +1,16 @@
-"""The processes that work on one run, each on a host of its own; usually there is one. The first of them keeps the run's folder."""
+"""The processes that work on one run, for each host of a TPU or for each other device; usually there is one. The first of them keeps the run's folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.device import Device
+from pantheraml.hardware.processes import read_processes
 from pantheraml.recipe.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -56,20 +58,24 @@ class Alone:
         return dict(tensors)
 
 
-def open_world(device: Device, announce: Callable[[str], None]) -> World:
-    """The processes that share the slice of a device; where there are several, this waits until all of them have come.
+def open_world(device: Device, announce: Callable[[str], None], timeout_s: float = 600.0) -> World:
+    """The processes of a run on this device; where there are several, this waits until all of them have come.
 
     Args:
-        announce: hears that it waits.
+        announce: hears that it waits. timeout_s: how long one that computes by torch may let the others wait.
     Raises: DeviceError if they do not come.
     """
-    if device.hosts == 1:
-        return Alone()
-    if KINDS[device.kind].engine != "xla":
-        raise DeviceError(f"{device} lies on {device.hosts} hosts", why="only TPUs work together over hosts", fix="use one host")
-    from pantheraml.hardware.xla_world import join
+    if KINDS[device.kind].engine == "xla":
+        if device.hosts == 1:
+            return Alone()
+        from pantheraml.hardware.xla_world import join
 
-    return join(device, announce, gave_up)
+        return join(device, announce, gave_up)
+    if read_processes().world_size == 1:
+        return Alone()
+    from pantheraml.distributed.torch_world import join_processes
+
+    return join_processes(device, announce, partial(gave_up, called="process"), timeout_s)
 
 
 def told(world: World, say: Callable[[], Any]) -> Any:
@@ -102,10 +108,10 @@ def stopping(world: World) -> Iterator[None]:
         raise
 
 
-def gave_up(rank: int, size: int, why: str) -> DeviceError:
-    """The error of the others."""
+def gave_up(rank: int, size: int, why: str, called: str = "host") -> DeviceError:
+    """The error of the others. called: what a process is to people."""
     return DeviceError(
-        f"host {rank} of {size} has stopped: {why}",
-        why="all hosts work on the same steps",
+        f"{called} {rank} of {size} has stopped: {why}",
+        why="all of them work on the same steps",
         fix="see what it printed; correct it, and start all of them again, with --resume where there are checkpoints",
     )

@@ -73,7 +73,9 @@ class FlatParameters:
         self.gradients: Tensor | None = None
         self._gradient_of: dict[str, Tensor] = {}
         # A frozen parameter that is the same memory as a trained one goes on being that.
-        taken: list[tuple[Any, _Place]] = [(each, places[key]) for each in model.parameters() if (key := _memory_of(local_part(each))) in places]
+        taken: list[tuple[Any, _Place]] = [
+            (each, places[key]) for each in model.parameters() if (key := _memory_of(local_part(each))) in places
+        ]
         for parameter, place in taken:
             view, here = place.of(self.weights), local_part(parameter)
             view.copy_(here.data)

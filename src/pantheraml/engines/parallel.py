@@ -20,6 +20,7 @@ from torch import distributed as dist
 from pantheraml.engines.engine import LossFn
 from pantheraml.engines.flat import FlatParameters, norm_of
 from pantheraml.kernels.tensor_parallel import TensorParallel
+from pantheraml.models.head import causal_model
 from pantheraml.models.quantize import to_plain_bytes
 from pantheraml.models.swap import called
 from pantheraml.models.tensor_parallel import divide, divided_layers, summed_over
@@ -40,6 +41,7 @@ class Parallel:
         tp: those with which it shares products; None: none.
         data_rank, data_size: whose share of a step's examples it takes, and into how many they are divided.
         in_step: all processes take as many micro-batches, since they meet in each.
+        hooks: modules must be called as such, since FSDP brings what they need.
     """
 
     def __init__(self, mesh: Mapping[str, int], device: torch.device) -> None:
@@ -50,7 +52,8 @@ class Parallel:
         self._at = self._place(self._rank)
         _, self._fsdp, tp = self._sizes
         self.data_rank, self.data_size = self._rank // tp, len(self) // tp
-        self.in_step = self._fsdp > 1 or tp > 1
+        self.hooks = self._fsdp > 1
+        self.in_step = self.hooks or tp > 1
         self._groups: dict[tuple[str, ...], Any] = {
             axes: self._group(axes) for axes in (("dp",), ("fsdp",), ("tp",), ("dp", "fsdp"), ("dp", "tp"))
         }
@@ -88,7 +91,7 @@ class Parallel:
         if self.tp is not None:
             self._divided = divide(model, self.tp)
             self._inner = summed_over(model)
-        if self._fsdp > 1:
+        if self.hooks:
             whole = {parameter for parameter in model.parameters() if parameter.requires_grad} if frozen_base else set[nn.Parameter]()
             for parameter in whole:
                 parameter.data = parameter.data.to(self._device)
@@ -104,7 +107,7 @@ class Parallel:
         mesh = DeviceMesh.from_group(self._groups["fsdp",], self._device.type)
         to_plain_bytes(model)
         layers = max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
-        for module in (*layers, model):
+        for module in (*layers, causal_model(model)):
             sharded: Any = fully_shard(module, mesh=mesh, ignored_params=whole)
             # The sum of the losses is divided by the labels of all processes before, so gradients are summed.
             sharded.set_gradient_divide_factor(1.0)
@@ -162,7 +165,7 @@ class Parallel:
 
     def within(self, loss: LossFn) -> LossFn:
         """The same loss, as FSDP's hooks need it: around the whole of it they bring what belongs to no layer."""
-        return loss if self._fsdp == 1 else lambda model, batch: called(model, loss, model, batch)
+        return loss if not self.hooks else lambda model, batch: called(causal_model(model), loss, model, batch)
 
     def answering(self, model: Any) -> AbstractContextManager[Any]:
         """Within the block the model's own forward computes with the parts that are here."""

@@ -25,6 +25,8 @@ class Entry:
         usd_per_hour: on demand, for one device: the price of the instance divided by its devices.
         price_source: the cloud, the instance, and where its price was read; price_date: the day that it was true.
         source: where memory, bandwidth and FLOP/s were read; date: its edition, or else the day of reading (YYYY-MM-DD).
+        link_bytes_per_s: to the other devices of its machine, in one direction, where each sends to all at that speed (NVLink through
+            switches); read in https://github.com/stas00/ml-engineering/blob/0030e63/network/README.md. None: not known, or it depends on who talks to whom.
         cores: TensorCores of a TPU chip. JAX shows each as a device on v2, v3 and TPU7x; the figures of CATALOG are of the whole chip.
     """
 
@@ -39,6 +41,7 @@ class Entry:
     price_date: str | None
     source: str
     date: str
+    link_bytes_per_s: float | None = None
     cores: int | None = None
 
 
@@ -216,6 +219,7 @@ def _entry(
     page: _Page,
     price: _Price | None = None,
     *,
+    link_gb_per_s: float | None = None,
     cores: int | None = None,
 ) -> Entry:
     return Entry(
@@ -230,6 +234,7 @@ def _entry(
         price_date=price.date if price else None,
         source=page.text,
         date=page.date,
+        link_bytes_per_s=None if link_gb_per_s is None else link_gb_per_s * 1e9,
         cores=cores,
     )
 
@@ -249,11 +254,12 @@ _NVIDIA = (
     _entry(
         "cuda", "NVIDIA B200 SXM", ("b200",), 180, 8000,
         _tera(float32=80, tf32=1125, bfloat16=2250, float16=2250, fp8=4500, int8=4500), _TABLE, _aws("p6-b200.48xlarge", 113.9328, 8),
+        link_gb_per_s=900,
     ),
-    _entry("cuda", "NVIDIA H200 SXM", ("h200",), 141, 4800, _HOPPER, _TABLE, _aws("p5en.48xlarge", 63.296, 8)),
+    _entry("cuda", "NVIDIA H200 SXM", ("h200",), 141, 4800, _HOPPER, _TABLE, _aws("p5en.48xlarge", 63.296, 8), link_gb_per_s=450),
     _entry(
         "cuda", "NVIDIA H100 SXM", ("h100 80gb hbm3",), 80, 3350, _HOPPER, _TABLE,
-        _receipts("AWS p5.48xlarge, us-east-1", 55.04, 8),
+        _receipts("AWS p5.48xlarge, us-east-1", 55.04, 8), link_gb_per_s=450,
     ),
     _entry(
         "cuda", "NVIDIA H100 PCIe", ("h100 pcie",), 80, 2000,
@@ -267,11 +273,11 @@ _NVIDIA = (
     ),
     _entry(
         "cuda", "NVIDIA A100 SXM 80 GB", ("a100 sxm4 80gb",), 80, 2039, _AMPERE, _A100,
-        _receipts("AWS p4de.24xlarge, us-east-1", 27.44705, 8),
+        _receipts("AWS p4de.24xlarge, us-east-1", 27.44705, 8), link_gb_per_s=300,
     ),
     _entry(
         "cuda", "NVIDIA A100 SXM 40 GB", ("a100 sxm4 40gb",), 40, 1555, _AMPERE, _A100,
-        _receipts("AWS p4d.24xlarge, us-east-1", 21.957642, 8),
+        _receipts("AWS p4d.24xlarge, us-east-1", 21.957642, 8), link_gb_per_s=300,
     ),
     _entry(
         "cuda", "NVIDIA A100 PCIe 80 GB", ("a100 80gb pcie",), 80, 1935, _AMPERE, _A100,

@@ -63,7 +63,7 @@ def generate(
             width = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in rows], device=device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=device)
-            with torch.inference_mode():
+            with torch.no_grad():
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=mask,

@@ -1,9 +1,9 @@
-"""What training needs of the memory of all its devices, and what would make it fit."""
+"""What training needs of the memory of its devices, and what would make it fit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pantheraml.hardware.device import Device
@@ -13,6 +13,7 @@ from pantheraml.planning.levels import Levels, rungs
 from pantheraml.planning.memory import OPTIMIZER_BYTES, Level, MemoryEstimate, estimate_memory
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import row_shares
+from pantheraml.planning.traffic import divided, layer_parameters, outer_parameters, part_bytes, stored
 from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.types import LoRA, Recipe
 
@@ -37,28 +38,60 @@ def need(
     micro_tokens: int,
     levels: Levels,
 ) -> MemoryEstimate:
-    """On all devices together."""
+    """On all chips of a TPU together; of processes with one device each, on one of them."""
     rank = recipe.adapter.rank if isinstance(recipe.adapter, LoRA) else None
+    xla = KINDS[device.kind].engine == "xla"
+    one = shape if xla else divided(shape, mesh.get("tp", 1))
     alone = estimate_memory(
-        shape,
-        trainable_parameters=shape.lora_parameters(rank) if rank else shape.parameters,
-        base_bytes_each=base_bytes_each(shape, dtype, asked_quantizer(recipe), both_ways=KINDS[device.kind].engine != "xla") if rank else 4,
+        one,
+        trainable_parameters=shape.lora_parameters(rank) if rank else one.parameters,  # adapters are whole on each process
+        base_bytes_each=base_bytes_each(one, dtype, asked_quantizer(recipe), both_ways=not xla) if rank else 4,
         micro_tokens=micro_tokens,
         row_tokens=row_tokens,
         levels=levels,
         fused=fused(recipe, shape, device),
-        xla=KINDS[device.kind].engine == "xla",
+        xla=xla,
         attention=attention,
         compute_bytes_each=BYTES_EACH[dtype],
         lora_rank=rank,
         optimizer_bytes_each=OPTIMIZER_BYTES[recipe.optim.states],
     )
+    if not xla:
+        fsdp = mesh.get("fsdp", 1)
+        return alone if fsdp == 1 else _in_parts(alone, one, fsdp, BYTES_EACH[dtype] if rank else None, asked_quantizer(recipe))
     copies = mesh.get("dp", 1) * mesh.get("dcn", 1)
     return replace(
         alone,
         weights_bytes=copies * alone.weights_bytes,
         gradients_bytes=copies * alone.gradients_bytes,
         optimizer_bytes=copies * alone.optimizer_bytes,
+    )
+
+
+def counted(device: Device, devices: int) -> int:
+    """On how many of the devices of a run `need` is: all chips of a TPU, but one machine where they are simulated, and one of any other kind."""
+    return devices if KINDS[device.kind].engine == "xla" and not device.simulated else 1
+
+
+def _in_parts(alone: MemoryEstimate, shape: ModelShape, fsdp: int, base_bytes: int | None, quantizer: str | None) -> MemoryEstimate:
+    """With FSDP2: parts of the weights, and whole what it gathers: two layers, the second while the first computes, and what is outside of them.
+
+    Args:
+        alone: without it. base_bytes: of a frozen weight; None: every weight trains, and its gradient and moments are in parts, too.
+    """
+    layer = stored(layer_parameters(shape), base_bytes or 4, quantizer)
+    outer = stored(outer_parameters(shape), base_bytes or 4)
+    parts = shape.layers * part_bytes(layer, fsdp) + part_bytes(outer, fsdp)
+    gathered = fsdp * (min(2, shape.layers) * part_bytes(layer, fsdp) + part_bytes(outer, fsdp))
+    if base_bytes is not None:
+        whole = shape.layers * part_bytes(layer, 1) + part_bytes(outer, 1)
+        # What is no part of them: adapters, and of four bits the scales.
+        return replace(alone, weights_bytes=max(0, alone.weights_bytes - whole) + parts + gathered)
+    return replace(
+        alone,
+        weights_bytes=parts + gathered,
+        gradients_bytes=parts + gathered - shape.vocab * shape.hidden * 4,  # the head's is counted with the logits
+        optimizer_bytes=alone.optimizer_bytes * parts // alone.weights_bytes,
     )
 
 
@@ -71,18 +104,23 @@ def remedies(
     attention: str,
     quantizers: tuple[str, ...],
     longest_row: int,
+    others: Sequence[tuple[str, Mapping[str, int]]] = (),
 ) -> tuple[str, ...]:
-    """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each."""
+    """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each.
+
+    Args:
+        others: changes that lead to another mesh, and that mesh.
+    """
     possible = rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device))
     most = rungs(device, "auto", fused=fused(recipe, shape, device))
-    devices = 1 if device.simulated else math.prod(mesh.values())  # what is simulated shares one machine
-    budget = devices * (device.free_bytes or 0) * HEADROOM
+    budget = counted(device, math.prod(mesh.values())) * (device.free_bytes or 0) * HEADROOM
+    xla = KINDS[device.kind].engine == "xla"
     parts = {**mesh, "fsdp": mesh.get("fsdp", 1) * mesh.get("dp", 1), "dp": 1}
 
     def fits(
         changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, level: Level = possible[-1], spread: Mapping[str, int] = mesh
     ) -> bool:
-        least = row * row_shares(mesh)
+        least = row * (row_shares(mesh) if xla else 1)
         levels: Levels = (level,) * shape.layers
         return need(changed, shape, device, spread, arithmetic, attention, row, least, levels).total_bytes <= budget
 
@@ -91,17 +129,19 @@ def remedies(
         found.append("set batch.micro_tokens to auto")
     if possible != most and any(fits(recipe, level=level) for level in most):
         found.append("set hardware.checkpointing to auto")
-    if mesh.get("dp", 1) > 1 and fits(recipe, spread=parts):
+    if xla and mesh.get("dp", 1) > 1 and fits(recipe, spread=parts):
         found.append("set hardware.dp to 1")
+    found += [change for change, other in others if fits(recipe, spread=other)][:1]
     if dtype == "float32" and "bfloat16" in device.dtypes and fits(recipe, arithmetic="bfloat16"):
         found.append("set model.dtype to bfloat16")
     if not isinstance(recipe.adapter, LoRA) and fits(recipe.model_copy(update={"adapter": LoRA()})):
         found.append("set adapter.kind to lora")
     four_bits = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": True}), "adapter": LoRA()})
-    if asked_quantizer(recipe) is None and "nf4" in quantizers and fits(four_bits):
+    if asked_quantizer(recipe) is None and "nf4" in quantizers and (xla or mesh.get("tp", 1) == 1) and fits(four_bits):
         found.append("set model.load_in_4bit to true" + ("" if isinstance(recipe.adapter, LoRA) else " and adapter.kind to lora"))
     eight_bits = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_8bit": True})})
-    if asked_quantizer(recipe) is None and "int8" in quantizers and isinstance(recipe.adapter, LoRA) and fits(eight_bits):
+    whole = xla or mesh.get("fsdp", 1) * mesh.get("tp", 1) == 1
+    if asked_quantizer(recipe) is None and "int8" in quantizers and isinstance(recipe.adapter, LoRA) and whole and fits(eight_bits):
         found.append("set model.load_in_8bit to true")
     shorter = next((n for n in reversed(round_lengths(longest_row)) if n < longest_row and fits(recipe, row=n)), None)
     if shorter:

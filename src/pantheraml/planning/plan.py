@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pantheraml.errors import DeviceError
+from pantheraml.errors import DeviceError, PantheraError, RecipeError
+from pantheraml.hardware.catalog import lookup
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
-from pantheraml.planning.base import Dtype, base_reason, quantizer_of, whole_bytes
-from pantheraml.planning.batch import HEADROOM, choose_micro_tokens, known, shared_rows
+from pantheraml.planning.base import BYTES_EACH, Dtype, base_reason, quantizer_of, whole_bytes
+from pantheraml.planning.batch import HEADROOM, MicroBatch, choose_micro_tokens, known, shared_rows
 from pantheraml.planning.compile import choose_compile, choose_graphs, recording_bytes
-from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
+from pantheraml.planning.cost import FUSED_UTILISATION, UTILISATION, CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
 from pantheraml.planning.memory import RECOMPUTED, MemoryEstimate, format_bytes
-from pantheraml.planning.need import fused, need, remedies
+from pantheraml.planning.need import counted, fused, need, remedies
 from pantheraml.planning.rows import check_micro_tokens, choose_packing, choose_row_tokens, longest_allowed
 from pantheraml.planning.shape import ModelShape
-from pantheraml.planning.sharding import choose_mesh, format_mesh, row_shares
-from pantheraml.recipe.kinds import KINDS
-from pantheraml.recipe.types import LoRA, Recipe
+from pantheraml.planning.sharding import choose_mesh, format_mesh, process_meshes, row_shares, share_of
+from pantheraml.planning.traffic import Links, StepTime, Traffic, step_time, step_traffic
+from pantheraml.recipe.kinds import KINDS, in_host_memory
+from pantheraml.recipe.types import HardwareAsk, LoRA, Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,18 +34,20 @@ class Plan:
     """What will be done. `reasons` maps a choice to its sentence; `pantheraml plan` prints them.
 
     Attributes:
-        world_size: devices that train together. mesh: how those of a TPU are arranged, axis -> devices; see planning/sharding.py.
+        device: of this process; where several share one, what one of them has of it.
+        world_size: devices that train together. mesh: how they are arranged, axis -> devices; see planning/sharding.py.
         dtype: of the arithmetic; weights that train are kept in float32.
         base_dtype: of the weights that do not train.
         quantizer: how they are held where that is in fewer bits. whole: each matrix in four bits is also kept in `dtype`.
         max_tokens: longest example.
         row_tokens: the static row lengths, rising; a micro-batch has one of the shapes
             [micro_tokens // n, n] for n in row_tokens.
-        micro_tokens: tokens the device takes at once.
+        micro_tokens: tokens that are taken at once: by all chips of a TPU together, by each process of another kind of device.
         packing: several examples share a row.
         levels: what each layer keeps for backward; see planning/levels.py.
         compile: torch compiles each layer.
         graphs: forward and backward are recorded once a shape and replayed.
+        memory: on all chips of a TPU together; on one device of another kind.
     """
 
     device: Device
@@ -71,6 +76,11 @@ class Plan:
     def checkpointing(self) -> bool:
         """Whether any layer is computed again in backward."""
         return any(level in RECOMPUTED for level in self.levels)
+
+    @property
+    def room_bytes(self) -> int | None:
+        """What is free on the devices that `memory` is of; None: nobody tells."""
+        return None if self.device.free_bytes is None else counted(self.device, self.world_size) * self.device.free_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: tuples are lists, and the memory's total stands beside its parts."""
@@ -130,6 +140,9 @@ def make_plan(
     quantizers: tuple[str, ...] = (),
     available_threads: int | None = None,
     asked_by: str = "the recipe",
+    collective: str | None = None,
+    processes: int | None = None,
+    machines: int | None = None,
 ) -> Plan:
     """Make every open choice of the recipe, for this machine and this model.
 
@@ -139,23 +152,48 @@ def make_plan(
         attention, quantizers: what the device's backend offers, best first.
         available_threads: cores this process may use; None if not asked.
         asked_by: who named the device, where it was not the recipe.
+        collective: through what the device's backend lets processes talk; None: it trains in one alone.
+        processes: how many were started to train together; None: nobody has, so the recipe says how many there shall be.
+        machines: over how many of them they are spread evenly; None: as the device says.
     Raises:
         DeviceError: the device is not there, cannot do what was asked, or has too little memory.
         RecipeError: the recipe asks for what the model cannot do.
     """
     reasons: dict[str, str] = {}
     device, reasons["device"] = select(inventory, recipe.hardware, asked_by)
-    mesh, reasons["devices"] = choose_mesh(recipe.hardware, device, inventory, shape)
-    world_size = math.prod(mesh.values())
+    xla = KINDS[device.kind].engine == "xla"
     lora = recipe.adapter if isinstance(recipe.adapter, LoRA) else None
     rank = lora.rank if lora else None
 
     dtype, reasons["dtype"] = _dtype(recipe, device)
     quantizer = quantizer_of(recipe, device, quantizers)
     base_dtype: Dtype = dtype if lora else "float32"
-    reasons["base_dtype"] = base_reason(quantizer, lora is not None, xla=KINDS[device.kind].engine == "xla")
+    reasons["base_dtype"] = base_reason(quantizer, lora is not None, xla=xla)
     chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention)
-    threads, reasons["threads"] = _threads(recipe, available_threads)
+
+    def meshes_for(ask: HardwareAsk) -> tuple[list[dict[str, int]], str]:
+        if xla:
+            mesh, why = choose_mesh(ask, device, inventory, shape)
+            return [mesh], why
+        return process_meshes(
+            ask,
+            device,
+            inventory,
+            shape,
+            quantizer=quantizer,
+            kernels=fused(recipe, shape, device),
+            states="float32" if lora else recipe.optim.states,
+            collective=collective,
+            processes=processes,
+        )
+
+    meshes, why_devices = meshes_for(recipe.hardware)
+    world_size = math.prod(meshes[0].values())
+    machines = machines or device.hosts
+    here = 1 if xla else math.ceil(world_size / machines)
+    others = [] if xla else _other_meshes(recipe.hardware, world_size, meshes_for)
+    device = share_of(device, inventory, here) if here > 1 else device
+    threads, reasons["threads"] = _threads(recipe, available_threads, here)
     max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
     packing, reasons["packing"] = choose_packing(recipe, shape)
     row_tokens, reasons["row_tokens"] = choose_row_tokens(
@@ -167,74 +205,113 @@ def make_plan(
     )
     check_micro_tokens(recipe, row_tokens[-1])
 
-    def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:
-        return need(recipe, shape, device, mesh, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
-
     asked = recipe.batch.micro_tokens
     mean_tokens = train_tokens / train_rows if train_tokens and train_rows else longest_example or max_tokens
-    micro = choose_micro_tokens(
-        memory_for,
-        free_bytes=(1 if device.simulated else world_size) * known(device.free_bytes, device),  # what is simulated shares one machine
-        longest_row=row_tokens[-1] * (row_shares(mesh) if recipe.batch.micro_tokens == "auto" else 1),
-        batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens)),
-        most_tokens=None if longest_example is None else recipe.batch.size * min(longest_example, max_tokens),
-        peak_flops=device.peak_flops,
-        layers=shape.layers,
-        rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device)),
-        mixes=fused(recipe, shape, device) or KINDS[device.kind].engine == "xla",
-        asked=None if asked == "auto" else asked,
-        remedies=remedies(recipe, shape, device, mesh, dtype, chosen_attention, quantizers, row_tokens[-1]),
-    )
-    if asked == "auto":
-        micro = shared_rows(micro, row_tokens[-1], row_shares(mesh), memory_for)
+    free_bytes = counted(device, world_size) * known(device.free_bytes, device)
+
+    def fit(mesh: dict[str, int]) -> MicroBatch:
+        """What fits on this mesh. Raises: DeviceError if nothing does."""
+
+        def memory_for(micro_tokens: int, levels: Levels) -> MemoryEstimate:
+            return need(recipe, shape, device, mesh, dtype, chosen_attention, row_tokens[-1], micro_tokens, levels)
+
+        # The chips of a TPU share the rows of each micro-batch; processes share the examples of a step, and each has micro-batches of its own.
+        sharers, shares = (row_shares(mesh), 1) if xla else (1, row_shares(mesh))
+        micro = choose_micro_tokens(
+            memory_for,
+            free_bytes=free_bytes,
+            longest_row=row_tokens[-1] * (sharers if asked == "auto" else 1),
+            batch_tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens) / shares),
+            most_tokens=None if longest_example is None else math.ceil(recipe.batch.size / shares) * min(longest_example, max_tokens),
+            peak_flops=device.peak_flops,
+            layers=shape.layers,
+            rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device)),
+            mixes=fused(recipe, shape, device) or xla,
+            asked=None if asked == "auto" else asked,
+            remedies=remedies(recipe, shape, device, mesh, dtype, chosen_attention, quantizers, row_tokens[-1], others),
+        )
+        return shared_rows(micro, row_tokens[-1], sharers, memory_for) if asked == "auto" else micro
+
+    mesh, micro, reasons["devices"] = _first_that_fits(meshes, fit, why_devices)
+    if not xla and world_size > 1:
+        reasons["devices"] += _idle(recipe, row_shares(mesh)) + (
+            "; they share the cores and the memory of one machine" if in_host_memory(device.kind) and machines == 1 else ""
+        )
     reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.levels_reason
-    compile_layers, reasons["compile"] = choose_compile(
-        recipe.hardware.compile, device, fused=fused(recipe, shape, device), steps=_steps(recipe, train_rows)
+    exchanged = None if xla else _exchanged_in_layers(recipe.hardware, mesh)
+    compile_layers, reasons["compile"] = (
+        (False, exchanged)
+        if exchanged
+        else choose_compile(recipe.hardware.compile, device, fused=fused(recipe, shape, device), steps=_steps(recipe, train_rows))
     )
     lr, reasons["lr"] = _lr(recipe, lora is not None)
 
     price = price_of(device, recipe.hardware.usd_per_hour)
+    rented = machines if in_host_memory(device.kind) else world_size
+    # The kernels' attention ends where an example ends, the models' own runs over the row.
+    attended = min(row_tokens[-1], math.ceil(mean_tokens)) if fused(recipe, shape, device) else row_tokens[-1]
+    peak_flops = device.peak_flops if dtype == device.dtypes[0] else None
+    sent, efficiency = "", 1.0
+    if not xla and world_size > 1:
+        step_tokens = math.ceil(recipe.batch.size * min(mean_tokens, max_tokens) / row_shares(mesh))
+        traffic = step_traffic(
+            shape,
+            mesh,
+            lora_rank=rank,
+            compute_bytes_each=BYTES_EACH[dtype],
+            levels=micro.levels,
+            tokens=step_tokens,
+            micro_batches=math.ceil(step_tokens / micro.micro_tokens),
+            quantizer=quantizer,
+        )
+        time = _step_time(shape, traffic, device, machines, micro, step_tokens, attended, rank, fused(recipe, shape, device), peak_flops)
+        sent, efficiency = _sent(traffic, time), time.efficiency if time else 1.0
     cost = estimate_cost(
         shape,
-        # The kernels' attention ends where an example ends, the models' own runs over the row.
-        row_tokens=min(row_tokens[-1], math.ceil(mean_tokens)) if fused(recipe, shape, device) else row_tokens[-1],
+        row_tokens=attended,
         levels=micro.levels,
         lora_rank=rank,
-        peak_flops=world_size * device.peak_flops if device.peak_flops and dtype == device.dtypes[0] else None,
+        peak_flops=world_size * peak_flops * efficiency if peak_flops else None,
         total_tokens=_total_tokens(recipe, train_tokens, train_rows),
         fused=fused(recipe, shape, device),
-        usd_per_hour=None if price.usd_per_hour is None else world_size * price.usd_per_hour,
+        usd_per_hour=None if price.usd_per_hour is None else rented * price.usd_per_hour,
     )
     budget = int((device.free_bytes or 0) * HEADROOM)
-    graphs, reasons["graphs"] = choose_graphs(
-        recipe.hardware.graphs,
-        device,
-        fused=fused(recipe, shape, device),
-        lora=lora is not None,
-        levels=micro.levels,
-        compiled=compile_layers,
-        fits=micro.memory.total_bytes + recording_bytes(micro.memory) <= budget,
-        micro_batch_s=None if cost.tokens_per_s is None else micro.micro_tokens / cost.tokens_per_s,
+    graphs, reasons["graphs"] = (
+        (False, exchanged)
+        if exchanged
+        else choose_graphs(
+            recipe.hardware.graphs,
+            device,
+            fused=fused(recipe, shape, device),
+            lora=lora is not None,
+            levels=micro.levels,
+            compiled=compile_layers,
+            fits=micro.memory.total_bytes + recording_bytes(micro.memory) <= budget,
+            micro_batch_s=None if cost.tokens_per_s is None else micro.micro_tokens * (1 if xla else row_shares(mesh)) / cost.tokens_per_s,
+        )
     )
-    whole = whole_bytes(recipe, shape, dtype, micro.memory, budget - (recording_bytes(micro.memory) if graphs else 0))
+    room = budget - (recording_bytes(micro.memory) if graphs else 0)
+    whole = 0 if exchanged else whole_bytes(recipe, shape, dtype, micro.memory, room)
     memory = replace(micro.memory, weights_bytes=micro.memory.weights_bytes + whole)
     if whole:
         reasons["base_dtype"] += f"; {format_bytes(whole)} are free to keep each matrix in {dtype} as well, so that it is made only once"
     reasons["memory"] = (
-        f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
+        ("" if xla or world_size == 1 else f"on each of {world_size} devices: ")
+        + f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
         f"optimizer {format_bytes(memory.optimizer_bytes)}, activations {format_bytes(memory.activations_bytes)}, "
         f"logits {format_bytes(memory.logits_bytes)}, libraries {format_bytes(memory.runtime_bytes)} (an allowance)"
         + ("" if shape.packs else "; the states of state-space layers are not counted, so expect more")
     )
     reasons["speed"] = (
-        f"{cost.flops_per_token / 1e9:.2g} GFLOP a token; a first guess from the measured matrix product"
+        f"{cost.flops_per_token / 1e9:.2g} GFLOP a token; a first guess from the measured matrix product{sent}"
         if cost.tokens_per_s is not None
-        else f"no matrix product was measured in {dtype} on this device"
+        else f"no matrix product was measured in {dtype} on this device{sent}"
     )
     reasons["time"] = (
         "for the whole run, without loading and evaluation" if cost.time_s is not None else "the speed or the data is not known yet"
     )
-    reasons["price"] = price.source if price.usd_per_hour is None else f"${world_size * price.usd_per_hour:.2f} an hour ({price.source})"
+    reasons["price"] = price.source if price.usd_per_hour is None else f"${rented * price.usd_per_hour:.2f} an hour ({price.source})"
 
     return Plan(
         device=device,
@@ -306,9 +383,103 @@ def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers:
     return asked, "the recipe asks for it"
 
 
-def _threads(recipe: Recipe, available: int | None) -> tuple[int | None, str]:
+def _other_meshes(
+    ask: HardwareAsk, devices: int, meshes_for: Callable[[HardwareAsk], tuple[list[dict[str, int]], str]]
+) -> list[tuple[str, dict[str, int]]]:
+    """What the recipe could say for another mesh, and the mesh; nothing where it leaves the choice open already."""
+    change = "devices to all" if devices == 1 and ask.devices == "auto" else "parallel to auto" if ask.parallel != "auto" else None
+    if change is None:
+        return []
+    key, _, value = change.split()
+    try:
+        meshes, _ = meshes_for(ask.model_copy(update={key: value}))
+    except PantheraError:  # it could not
+        return []
+    return [(f"set hardware.{change}", mesh) for mesh in meshes if mesh]
+
+
+def _first_that_fits(
+    meshes: list[dict[str, int]], fit: Callable[[dict[str, int]], MicroBatch], why: str
+) -> tuple[dict[str, int], MicroBatch, str]:
+    """The first mesh on which something fits, what, and why. Raises: DeviceError, for the last of them, if nothing does."""
+    since = ""
+    for mesh in meshes:
+        try:
+            micro = fit(mesh)
+        except DeviceError as error:
+            if mesh is meshes[-1]:
+                named = f"with {format_mesh(mesh)}, " if len(meshes) > 1 else ""
+                raise DeviceError(f"{named}{error.what}", why=error.why, fix=error.fix) from error
+            since = f", since with {format_mesh(mesh)} {error.what}"
+        else:
+            kinds = [said for axis, said in _SHARED.items() if mesh.get(axis, 1) > 1]
+            return mesh, micro, why if len(meshes) == 1 else f"{why}: {', and '.join(kinds)}{since or ', since it fits on each'}"
+    raise AssertionError("there is always a mesh")
+
+
+_SHARED = {"dp": "copies of the model", "fsdp": "parts of every weight", "tp": "parts of the products"}
+
+
+def _idle(recipe: Recipe, shares: int) -> str:
+    """Said where a step has fewer examples than processes that want some."""
+    size = recipe.batch.size
+    return f"; a step has {size} examples, so {shares - size} of {shares} shares of it are empty (see batch.size)" if size < shares else ""
+
+
+def _exchanged_in_layers(ask: HardwareAsk, mesh: dict[str, int]) -> str | None:
+    """Why layers are neither compiled nor recorded on a mesh; None: they may be. Raises: RecipeError if that is asked for."""
+    if mesh.get("fsdp", 1) * mesh.get("tp", 1) == 1:
+        return None
+    for name in ("compile", "graphs"):
+        if getattr(ask, name) == "on":
+            raise RecipeError(
+                f"hardware.{name}=on does not go with {format_mesh(mesh)}",
+                why="devices exchange weights or activations in the middle of each layer, which was never compiled or recorded",
+                fix=f"set hardware.{name} to auto, or hardware.parallel to ddp",
+            )
+    return "devices exchange weights or activations in the middle of each layer"
+
+
+def _step_time(
+    shape: ModelShape,
+    traffic: Traffic,
+    device: Device,
+    machines: int,
+    micro: MicroBatch,
+    tokens: int,
+    row_tokens: int,
+    rank: int | None,
+    kernels: bool,
+    peak_flops: float | None,
+) -> StepTime | None:
+    """A step's time, with what is sent; None where nobody knows how fast the devices compute, or send to each other."""
+    entry = lookup(device.kind, device.name, device.memory_bytes)
+    if entry is None or entry.link_bytes_per_s is None or machines > 1 or peak_flops is None:
+        return None
+    return step_time(
+        shape,
+        traffic,
+        Links(devices_each=math.prod(traffic.mesh.values()), inside_bytes_per_s=entry.link_bytes_per_s),
+        tokens=tokens,
+        row_tokens=row_tokens,
+        levels=micro.levels,
+        lora_rank=rank,
+        flops_per_s=peak_flops * (FUSED_UTILISATION if kernels else UTILISATION),
+    )
+
+
+def _sent(traffic: Traffic, time: StepTime | None) -> str:
+    sent = f"; each device sends about {format_bytes(round(traffic.wire_bytes))} a step"
+    if time is None:
+        return f"{sent}, which is not counted, since how fast it does is not known"
+    return f"{sent}, after which {time.efficiency:.0%} of the speed is left"
+
+
+def _threads(recipe: Recipe, available: int | None, here: int) -> tuple[int | None, str]:
     if recipe.hardware.threads is not None:
         return recipe.hardware.threads, "the recipe asks for it"
+    if available is not None and here > 1:
+        return max(1, available // here), f"{here} processes share the {available} cores of this machine"
     return available, "all cores that this process may use" if available is not None else "decided when the backend opens"
 
 

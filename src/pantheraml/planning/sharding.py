@@ -1,18 +1,21 @@
-"""How each tensor of a model is spread over a mesh of devices: rules by name and shape. Needs no torch.
+"""How each tensor of a model is spread over a mesh of devices, by name and shape; and which meshes there are. Needs no torch.
 
 Axes of a mesh: dp holds copies, fsdp parts of every weight that are gathered where they are used, tp parts of a product
-(Megatron-LM, arXiv 1909.08053); dcn copies on other slices, over a slower network.
+(Megatron-LM, arXiv 1909.08053); dcn copies on other slices, over a slower network. One process drives all chips of a TPU, and
+one each of several GPUs, or a part of a CPU.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.planning.shape import ModelShape
-from pantheraml.recipe.kinds import KINDS
+from pantheraml.planning.traffic import AS_ONE, KNOWN
+from pantheraml.recipe.kinds import KINDS, in_host_memory
 from pantheraml.recipe.types import HardwareAsk
 
 AXES = ("dcn", "dp", "fsdp", "tp")
@@ -73,18 +76,18 @@ def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[d
 
     Raises: DeviceError for more devices than there are, or more than one of another kind; RecipeError for axes that do not fit.
     """
+    if KINDS[device.kind].engine != "xla":
+        meshes, why = process_meshes(ask, device, inventory)
+        return meshes[0], why
+    if ask.parallel != "auto":
+        raise RecipeError(
+            f"hardware.parallel={ask.parallel}, but {device} is a TPU",
+            why="there dcn, dp, fsdp and tp say how the chips share the work",
+            fix="leave hardware.parallel out",
+        )
     there = device.hosts * sum(each.kind == device.kind for each in inventory.devices)
     fixed = {"dcn": ask.dcn, "dp": ask.dp, "tp": ask.tp}
     others = math.prod(fixed.values())
-    if KINDS[device.kind].engine != "xla":
-        wanted = there if ask.devices == "all" else 1 if ask.devices == "auto" else ask.devices
-        if max(wanted, others * (1 if ask.fsdp == "auto" else ask.fsdp)) > 1:
-            raise DeviceError(
-                f"several devices of kind {device.kind} cannot train together",
-                why="this version does so on a TPU alone, and there through JAX",
-                fix="set hardware.devices to 1, and leave hardware.dcn, dp, fsdp and tp out",
-            )
-        return {}, "several train together on a TPU alone, through JAX" if there > 1 else f"there is one of kind {device.kind}"
     if ask.index:
         raise RecipeError(
             f"hardware.index={ask.index} names one chip of a TPU",
@@ -120,6 +123,222 @@ def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[d
         )
     axes = {axis: size for axis in AXES if (size := {**fixed, "fsdp": wanted // others}[axis]) > 1}
     return axes or {"fsdp": 1}, "the recipe asks for it" if said or others > 1 or ask.fsdp != "auto" else "all that are here"
+
+
+TP_SIZES = (2, 4, 8)
+"""Parts of a product that are tried where nobody says how many: more than a machine has devices would wait for the network."""
+
+
+def process_meshes(
+    ask: HardwareAsk,
+    device: Device,
+    inventory: Inventory,
+    shape: ModelShape | None = None,
+    *,
+    quantizer: str | None = None,
+    kernels: bool = True,
+    states: str = "float32",
+    collective: str | None = None,
+    processes: int | None = None,
+) -> tuple[list[dict[str, int]], str]:
+    """The meshes that processes of one device each may form, the simplest first, and why so many devices; empty: a single one.
+
+    There is one mesh where the recipe says which, and else copies, parts of the weights, and parts of the products as well.
+
+    Args:
+        shape: of the model; None: whether it can be divided is not looked at.
+        quantizer: how its base is held. kernels: they compute its layers. states: how the moments of its own weights are held, if they train.
+        collective: through what the processes talk; None: they cannot.
+        processes: how many were started; None: nobody has, and hardware.devices says how many there shall be.
+    Raises: DeviceError for more devices than there are; RecipeError for axes that do not fit each other, the number, or the model.
+    """
+    count, why = _processes(ask, device, inventory, collective, processes)
+    _check_axes(ask)
+    if count == 1 and ask.dp * _number(ask.fsdp) * ask.tp == 1:
+        return [{}], why
+    said = ask.dp > 1 or ask.fsdp != "auto" or ask.tp > 1
+    found = _possible(ask, count)
+    refusals = [None if shape is None else _refusal(mesh, shape, quantizer, kernels, states) for mesh in found]
+    allowed = [mesh for mesh, refusal in zip(found, refusals, strict=True) if refusal is None]
+    if not allowed:
+        raise next(refusal for refusal in refusals if refusal)
+    return allowed, "the recipe asks for it" if ask.parallel != "auto" or said else why
+
+
+def _processes(ask: HardwareAsk, device: Device, inventory: Inventory, collective: str | None, processes: int | None) -> tuple[int, str]:
+    """How many devices train together, one process each, and why."""
+    kind, shared = device.kind, in_host_memory(device.kind)
+    there = device.hosts * sum(each.kind == kind for each in inventory.devices)
+    axes = ask.dp * _number(ask.fsdp) * ask.tp
+    wanted = processes or (there if ask.devices == "all" else axes if ask.devices == "auto" else ask.devices)
+    if max(wanted, axes, ask.dcn) > 1 and collective is None:
+        raise DeviceError(
+            f"several devices of kind {kind} cannot train together",
+            why="nothing is known through which they could talk; the chips of a TPU do so through JAX (hardware.kind=tpu)",
+            fix="set hardware.devices to 1, and leave hardware.dcn, dp, fsdp and tp out",
+        )
+    if processes is not None:
+        if isinstance(ask.devices, int) and ask.devices != processes:
+            raise RecipeError(
+                f"hardware.devices={ask.devices}, but {processes} processes were started",
+                why="each process has one device, and whoever starts them says how many",
+                fix=f"start {ask.devices}, or leave hardware.devices out",
+            )
+        return processes, f"{processes} processes were started" if processes > 1 else "one process was started"
+    if wanted > there and not shared:
+        raise DeviceError(
+            f"{wanted} devices were asked for, and {there} of kind {kind} answered",
+            why="the others are not there" if device.hosts == 1 else f"so many are there on {device.hosts} hosts",
+            fix=f"set hardware.devices to {there}, or all",
+        )
+    if wanted > 1 and ask.index:
+        raise RecipeError(
+            f"hardware.index={ask.index} names one device, and {wanted} are to train together",
+            why="they are the first ones that are here",
+            fix="leave it out, or set hardware.devices to 1",
+        )
+    if wanted == 1 and ask.devices == "auto":
+        if ask.parallel != "auto":
+            raise RecipeError(
+                f"hardware.parallel={ask.parallel} is for several devices, and one is asked for",
+                why=f"hardware.devices=auto is one of kind {kind}, unless several processes were started",
+                fix="set hardware.devices to all, or to how many",
+            )
+        more = there > 1 and collective is not None
+        return 1, f"nothing else is asked for; hardware.devices=all takes all {there}" if more else f"there is one of kind {kind}"
+    return wanted, f"all that are here: {wanted}" if ask.devices == "all" else "the recipe asks for it"
+
+
+def _check_axes(ask: HardwareAsk) -> None:
+    """Raises: RecipeError for axes that `parallel` excludes, and for that of slices."""
+    if ask.dcn > 1:
+        raise RecipeError(
+            f"hardware.dcn={ask.dcn}, but only TPUs come in slices",
+            why="it is their name for copies over a slower network",
+            fix="set hardware.dp instead",
+        )
+    with_fsdp, with_tp = ask.parallel in ("auto", "fsdp", "fsdp_tp"), ask.parallel in ("auto", "tp", "fsdp_tp")
+    other = (
+        f"tp={ask.tp}"
+        if ask.tp > 1 and not with_tp
+        else f"fsdp={ask.fsdp}"
+        if (_number(ask.fsdp) > 1 and not with_fsdp) or (ask.fsdp == 1 and ask.parallel in ("fsdp", "fsdp_tp"))
+        else None
+    )
+    if other:
+        raise RecipeError(
+            f"hardware.parallel={ask.parallel}, and hardware.{other}",
+            why="one of them says how the work is shared, and the other says otherwise",
+            fix="leave one of them out",
+        )
+
+
+def _possible(ask: HardwareAsk, count: int) -> list[dict[str, int]]:
+    """The meshes of so many devices that the recipe leaves open, the simplest first. Raises: RecipeError if there is none."""
+    fsdp = None if ask.fsdp == "auto" else ask.fsdp
+    with_fsdp, with_tp = ask.parallel in ("fsdp", "fsdp_tp"), ask.parallel in ("tp", "fsdp_tp")
+    if ask.tp > 1 or not (with_tp or ask.parallel == "auto"):
+        tps = (ask.tp,)
+    elif ask.parallel == "auto":
+        tps = (1, *TP_SIZES) if fsdp in (None, 1) else (1,)
+    elif ask.parallel == "tp":
+        tps = (count // ask.dp,)
+    else:
+        tps = TP_SIZES if fsdp is None else (count // (ask.dp * fsdp),)
+    meshes: list[dict[str, int]] = []
+    for tp in tps:
+        rest = count // max(tp, 1)
+        copies, parts = (rest, 1), (ask.dp, rest // ask.dp)
+        if ask.parallel == "ddp" or fsdp == 1:
+            tried = [copies]
+        elif ask.parallel == "tp":
+            tried = [(ask.dp, 1)]
+        elif fsdp is not None:
+            tried = [(ask.dp, fsdp)]
+        else:
+            tried = [copies, parts] if ask.parallel == "auto" and tp == ask.tp else [parts]
+        for axes in tried:
+            mesh = {axis: size for axis, size in zip(("dp", "fsdp", "tp"), (*axes, tp), strict=True) if size > 1}
+            as_asked = ask.dp in (1, axes[0]) and with_fsdp <= ("fsdp" in mesh) and with_tp <= ("tp" in mesh)
+            if as_asked and math.prod(mesh.values()) == count and mesh not in meshes:
+                meshes.append(mesh)
+    if not meshes:
+        raise _does_not_come_to(ask, count)
+    return meshes
+
+
+def _does_not_come_to(ask: HardwareAsk, count: int) -> RecipeError:
+    said = {axis: size for axis, size in (("dp", ask.dp), ("fsdp", _number(ask.fsdp)), ("tp", ask.tp)) if size > 1}
+    others = math.prod(size for axis, size in said.items() if axis != "dp")
+    named = [f"parallel {ask.parallel}"] * (ask.parallel != "auto") + [format_mesh(said)] * bool(said)
+    return RecipeError(
+        f"{' with '.join(named)} does not come to {count} device{'s' if count > 1 else ''}",
+        why="hardware.devices asks for so many, or so many processes were started",
+        fix=f"set hardware.dp to {count // others}"
+        if others > 1 and count % others == 0
+        else "let the product of hardware.dp, fsdp and tp be that number, or leave parallel and all of them out",
+    )
+
+
+def _refusal(mesh: Mapping[str, int], shape: ModelShape, quantizer: str | None, kernels: bool, states: str) -> RecipeError | None:
+    """Why a model cannot be divided so; None: it can."""
+    fsdp, tp = mesh.get("fsdp", 1), mesh.get("tp", 1)
+    axis = f"hardware.tp={tp}" if tp > 1 else f"hardware.fsdp={fsdp}"
+    copies = "set hardware.parallel to ddp, so that each device has a copy"
+    if fsdp * tp > 1 and states != "float32":
+        return RecipeError(
+            f"{axis} does not go with optim.states={states}, where every weight trains",
+            why="the blocks of 256 values that share a scale would be cut where the weights are",
+            fix=f"set optim.states to float32; or {copies}",
+        )
+    if quantizer and (tp > 1 or (fsdp > 1 and quantizer != "nf4")):
+        bits = "4 bits" if quantizer == "nf4" else f"8 bits ({quantizer})"
+        return RecipeError(
+            f"{axis}, but the base is held in {bits}",
+            why="the scales of a matrix in few bits go across the cut"
+            if tp > 1
+            else "a matrix is brought into eight bits where it lies, and its parts cannot be gathered",
+            fix=f"{'set hardware.parallel to fsdp' if quantizer == 'nf4' else copies}; or hold the base in bfloat16",
+        )
+    if tp == 1:
+        return None
+    fix = "leave hardware.tp out: hardware.parallel=fsdp divides any model"
+    if not kernels or shape.family not in KNOWN:
+        return RecipeError(
+            f"{axis}, but the kernels do not compute the layers of {shape.name} ({shape.family}) with this adapter",
+            why="in the middle of a layer the devices exchange what they have, and only the kernels know where",
+            fix=fix,
+        )
+    if shape.family in AS_ONE:
+        return RecipeError(
+            f"{axis} cannot divide the layers of {shape.name}", why=f"{shape.family} stores several matrices as one", fix=fix
+        )
+    for number, what in ((shape.kv_heads, "heads of keys"), (shape.heads, "heads"), (shape.intermediate, "gates of the MLP")):
+        if number % tp:
+            return RecipeError(
+                f"{axis} does not divide the {number} {what} of {shape.name}",
+                why="each device would need a part of one, and fetch the rest in every layer",
+                fix=f"set it to a divisor of {number}; or {fix}",
+            )
+    return None
+
+
+def share_of(device: Device, inventory: Inventory, here: int) -> Device:
+    """What one of so many processes on a machine has of its device: a part of a CPU, or as much of a GPU as each of them has."""
+    if in_host_memory(device.kind):
+        return replace(
+            device,
+            free_bytes=None if device.free_bytes is None else device.free_bytes // here,
+            peak_flops=None if device.peak_flops is None else device.peak_flops / here,
+        )
+    others = [each for each in inventory.devices if each.kind == device.kind][:here]
+    free = [each.free_bytes for each in others]
+    speeds = [each.peak_flops for each in others]
+    return replace(
+        device,
+        free_bytes=None if None in free else min(size for size in free if size is not None),
+        peak_flops=None if None in speeds else min(speed for speed in speeds if speed is not None),
+    )
 
 
 def _number(asked: int | str) -> int:

@@ -166,15 +166,28 @@ class HardwareAsk(_Part):
     kind: AskedKind = Field(default="auto", description="auto: the first of TPU, CUDA, XPU, MPS, CPU that answers. gpu: the first GPU.")
     index: int = Field(default=0, ge=0, description="Which of them.")
     devices: Annotated[int, Field(gt=0)] | Literal["auto", "all"] = Field(
-        default="auto", description="How many train together. auto: all chips of a TPU, and one of any other kind."
+        default="auto",
+        description="How many train together. all: those that are here. auto: all chips of a TPU; of other kinds as many as dp, fsdp and tp "
+        "come to, or as processes were started, and else one. On a CPU they are processes that share it.",
+    )
+    parallel: Literal["auto", "ddp", "fsdp", "tp", "fsdp_tp"] = Field(
+        default="auto",
+        description="How several GPUs or CPU processes share the work. ddp: copies. fsdp: parts of the weights, each with its share of the "
+        "examples. tp: parts of the products. auto: copies where the model fits on each, else fsdp, else fsdp with tp.",
     )
     dcn: int = Field(default=1, gt=0, description="Slices of a TPU (pods), connected by the slower network: each has a copy of the model.")
-    dp: int = Field(default=1, gt=0, description="Copies of the model on a TPU, each with its share of the rows.")
+    dp: int = Field(
+        default=1, gt=0, description="Copies of the model, each with its share of a step. 1 leaves it open but on a TPU (see parallel)."
+    )
     fsdp: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
-        description="Parts of every weight on a TPU, each with its share of the rows. auto: the devices that dcn, dp and tp leave.",
+        description="Parts of every weight, each with its share of a step. auto: the devices that dcn, dp and tp leave, or see parallel.",
     )
-    tp: int = Field(default=1, gt=0, description="Parts of every product on a TPU (tensor parallel). Divides the heads of keys.")
+    tp: int = Field(
+        default=1,
+        gt=0,
+        description="Parts of every product (tensor parallel). Divides the heads of keys. 1 leaves it open but on a TPU (see parallel).",
+    )
     threads: int | None = Field(default=None, gt=0, description="CPU threads. Default: all cores this process may use.")
     checkpointing: Literal["auto", "off", "cheap", "on", "tiled", "offload"] = Field(
         default="auto",

@@ -4,37 +4,53 @@
         tensors.safetensors    trained weights and both moments of the optimizer
         state.json             where the run stands, and of which run it is
         MANIFEST.json          size and blake3 of each of the others, and of itself
+      and where tensors are divided over processes
+        pieces-00000.safetensors, ...    what each process writes of them
+        PIECES.json                      dtype and shape of each, and where its pieces begin
 
 A checkpoint is written into a hidden folder, synced, and renamed; one that goes is renamed first, then removed. So a
-kill at any moment leaves only whole ones under their names. Reading compares every byte with the manifest.
+kill at any moment, of any process, leaves only whole ones under their names. Reading compares every byte with the manifest.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import blake3
 
+from pantheraml.distributed.world import Alone, World, stopping, told
+from pantheraml.engines.piece import Index, Piece, Stored, file_of, index_of, merged, stored_in
 from pantheraml.errors import StorageError
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "MANIFEST.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TENSORS, STATE, MANIFEST, PIECES = "tensors.safetensors", "state.json", "MANIFEST.json", "PIECES.json"
 _PREFIX, _UNFINISHED, _OLD = "step-", ".unfinished-", ".old-"
 _SPARE_BYTES = 1 << 20
+_WHOLE, _DIVIDED = 1, 2
+"""Formats of the manifest: only the second has pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was read: `step` steps are done; `state` as it was given to `save`."""
+    """What was read: `step` steps are done; `state` as it was given to `save`.
+
+    A tensor that was divided is `Stored`: nothing of it is read before it is asked for, which must be before the
+    checkpoint is let go of.
+    """
 
     step: int
-    tensors: dict[str, Any]
+    tensors: dict[str, Tensor | Stored]
     state: dict[str, Any]
 
 
@@ -68,43 +84,47 @@ class Checkpoints:
         numbers = (place.name.removeprefix(_PREFIX) for place in self._folder.glob(f"{_PREFIX}*"))
         return sorted(int(number) for number in numbers if number.isdecimal() and number == f"{int(number):08d}")
 
-    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], *, best: int | None) -> Path:
+    def place(self, step: int) -> Path:
+        """The folder of the checkpoint of this step, whether there is one or not."""
+        return self._folder / f"{_PREFIX}{step:08d}"
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor | Piece], state: Mapping[str, Any], *, best: int | None, world: World | None = None
+    ) -> Path:
         """Write the checkpoint of `step` done steps, then let go of those no longer kept; `best` is one that is kept.
 
-        Raises: StorageError if the disk refuses; what is kept of the checkpoints before this one stays as it is.
+        Args:
+            tensors: whole ones, of the same names in each process; the first writes them. And pieces: one that several
+                processes have is written by the first of these.
+            world: the processes that write it, all of which call this. The folder is that of the first; with pieces, all must
+                see it. None: this one alone.
+        Raises:
+            StorageError: the disk refuses. DeviceError: something failed in another process.
+            ValueError: the pieces of a tensor overlap or leave a hole, or the processes have other tensors.
+            Whatever it is, what is kept of the checkpoints before this one stays as it is.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        out = self._place(step)
+        world = world or Alone()
+        whole = {name: value for name, value in tensors.items() if not isinstance(value, Piece)}
+        with stopping(world):
+            like = sorted((name, str(each.dtype), list(each.shape)) for name, each in whole.items())
+            own = self.place(step)
+            hidden = own.with_name(f"{_UNFINISHED}{secrets.token_hex(4)}").absolute()
+            offer = {"out": str(own), "hidden": str(hidden), "like": _hash(json.dumps(like)), "pieces": index_of(tensors, world.rank)}
+        offers = [json.loads(each) for each in world.gathered(json.dumps(offer))]
+        # From here all know the same, so what is wrong is wrong for all of them.
+        out, unfinished = Path(offers[0]["out"]), Path(offers[0]["hidden"])
+        index = merged([each["pieces"] for each in offers])
+        if other := [rank for rank, each in enumerate(offers) if each["like"] != offers[0]["like"]]:
+            raise ValueError(f"process {other[0]} has other whole tensors than the first one: they must be the same in all")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            needed = sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES
-            free = shutil.disk_usage(self._folder).free
-            if free < needed:
-                raise _not_saved(out, f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free")
-            unfinished = self._folder / f"{_UNFINISHED}{secrets.token_hex(4)}"
-            try:
-                unfinished.mkdir()
-                save_file(dict(tensors), unfinished / TENSORS)
-                (unfinished / STATE).write_bytes(_canonical({**state, "step": step, "fingerprint": self._fingerprint}))
-                files = {name: _entry(unfinished / name) for name in (STATE, TENSORS)}
-                (unfinished / MANIFEST).write_bytes(_signed({"format": 1, "step": step, "files": files}))
-                for file in unfinished.iterdir():
-                    _sync(file)
-                _sync(unfinished)
-                if out.exists():  # the same step again, after a resume from an older one
-                    self._remove(out)
-                unfinished.rename(out)
-                _sync(self._folder)
-            finally:
+            told(world, lambda: self._begin(out, unfinished, sum(each.nbytes for each in whole.values()) + _bytes(index)))
+            files: dict[str, Any] = {}
+            for written in _each(world, lambda: _written(out, unfinished, tensors, index, world)):
+                files |= written
+            told(world, lambda: self._complete(out, unfinished, step, state, files, index, best))
+        finally:
+            if world.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            raise _not_saved(out, getattr(error, "strerror", None) or str(error)) from error
-        kept = {*self.steps()[-self._keep :], best}
-        for other in self.steps():
-            if other not in kept:
-                self._remove(self._place(other))
         return out
 
     def newest(self, announce: Callable[[str], None]) -> Checkpoint | None:
@@ -134,10 +154,10 @@ class Checkpoints:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        place = self._place(step)
-        state = self._verified(place, step)
+        place = self.place(step)
+        state, index = self._verified(place, step)
         try:
-            return Checkpoint(step, load_file(place / TENSORS), state)
+            return Checkpoint(step, {**load_file(place / TENSORS), **stored_in(place, index)}, state)
         except (SafetensorError, OSError) as error:
             raise Damaged(f"{place}: {TENSORS} cannot be read: {error}") from error
 
@@ -145,14 +165,49 @@ class Checkpoints:
         """Remove what lies beyond the checkpoint that a run goes on from."""
         for other in self.steps():
             if other > step:
-                self._remove(self._place(other))
+                self._remove(self.place(other))
 
-    def _verified(self, place: Path, step: int) -> dict[str, Any]:
-        """The state of a checkpoint in which nothing is missing, added, changed or from elsewhere."""
+    def _begin(self, out: Path, unfinished: Path, needed: int) -> None:
+        """Make the folder to write into, if there is room for so many bytes."""
+        needed += _SPARE_BYTES
+        with _writing(out):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self._folder).free
+            if free < needed:
+                raise _not_saved(out, f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free")
+            unfinished.mkdir()
+
+    def _complete(
+        self, out: Path, unfinished: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Any], index: Index, best: int | None
+    ) -> None:
+        """Tensors are written, as `files` says: add the rest, give the folder its name, and let go of older ones."""
+        with _writing(out):
+            own = {"step": step, "fingerprint": self._fingerprint}
+            rest = {STATE: _canonical({**state, **own}), **({PIECES: _canonical(index)} if index else {})}
+            for name, content in rest.items():
+                (unfinished / name).write_bytes(content)
+            files = {**files, **{name: _entry(unfinished / name) for name in rest}}
+            (unfinished / MANIFEST).write_bytes(_signed({"format": _DIVIDED if index else _WHOLE, "step": step, "files": files}))
+            for name in (*rest, MANIFEST):
+                _sync(unfinished / name)
+            _sync(unfinished)
+            if out.exists():  # the same step again, after a resume from an older one
+                self._remove(out)
+            unfinished.rename(out)
+            _sync(self._folder)
+        kept = {*self.steps()[-self._keep :], best}
+        for other in self.steps():
+            if other not in kept:
+                self._remove(self.place(other))
+
+    def _verified(self, place: Path, step: int) -> tuple[dict[str, Any], Index]:
+        """State and pieces of a checkpoint in which nothing is missing, added, changed or from elsewhere."""
         try:
             manifest = _read_signed(place / MANIFEST)
             present = {file.name for file in place.iterdir()}
             files: dict[str, dict[str, Any]] = manifest["files"]
+            if manifest["format"] not in (_WHOLE, _DIVIDED):
+                raise Damaged(f"{place}: {MANIFEST} is of format {manifest['format']}: a newer pantheraml wrote it")
             if manifest["step"] != step:
                 raise Damaged(f"{place}: {MANIFEST} is of step {manifest['step']}: it comes from another checkpoint")
             if missing := sorted({*files, MANIFEST} - present):
@@ -165,14 +220,12 @@ class Checkpoints:
                     what = f"has {found['bytes']} bytes instead of {entry['bytes']}" if found["bytes"] != entry["bytes"] else "was changed"
                     raise Damaged(f"{place}: {name} {what}: damaged, or from another checkpoint")
             state: dict[str, Any] = json.loads((place / STATE).read_bytes())
+            index: Index = json.loads((place / PIECES).read_bytes()) if PIECES in files else {}
         except OSError as error:
             raise Damaged(f"{place}: {Path(error.filename or place).name} cannot be read: {error.strerror}") from error
         if state["fingerprint"] != self._fingerprint:
             raise Damaged(f"{place}: it is of another run, with other data or another recipe")
-        return state
-
-    def _place(self, step: int) -> Path:
-        return self._folder / f"{_PREFIX}{step:08d}"
+        return state, index
 
     def _remove(self, place: Path) -> None:
         hidden = place.with_name(f"{_OLD}{secrets.token_hex(4)}")
@@ -185,6 +238,94 @@ class Checkpoints:
     def _hidden(self) -> Iterator[Path]:
         for prefix in (_UNFINISHED, _OLD):
             yield from self._folder.glob(f"{prefix}*")
+
+
+def manifest_of(place: Path) -> str:
+    """The manifest of a checkpoint, and so of every byte in it, in one short text. Raises: OSError."""
+    return blake3.blake3((place / MANIFEST).read_bytes()).hexdigest()
+
+
+def pieces_seen(place: Path, manifest: str, world: World) -> dict[str, Stored]:
+    """The divided tensors of a checkpoint that the first process has verified.
+
+    Args: manifest: what `manifest_of` gave there.
+    Raises: StorageError if this process does not see the same files.
+    """
+    with suppress(OSError):  # nothing there is as bad as something else
+        if manifest_of(place) == manifest:
+            return stored_in(place, json.loads((place / PIECES).read_bytes()))
+    raise not_shared(place, world)
+
+
+def not_shared(place: Path, world: World) -> StorageError:
+    """The error of a process that does not see what the first one made at this place."""
+    return StorageError(
+        f"process {world.rank} of {world.size} does not see {place} as the first one does",
+        why="the model is divided over the processes, and each writes and reads its own part of a checkpoint in that folder",
+        fix="set run.folder to a folder on a disk that all hosts share, and start again on all of them",
+    )
+
+
+def _written(out: Path, unfinished: Path, tensors: Mapping[str, Tensor | Piece], index: Index, world: World) -> dict[str, Any]:
+    """Write what this process has to write, to the disk; name -> size and blake3 of each file."""
+    from safetensors.torch import save_file
+
+    if index and not unfinished.is_dir():
+        raise not_shared(unfinished, world)
+    own = file_of(world.rank)
+    mine = {name for name, entry in index.items() if any(part["file"] == own for part in entry["pieces"])}
+    whole = {name: value for name, value in tensors.items() if not isinstance(value, Piece)}
+    pieces = {name: value.tensor.contiguous() for name, value in tensors.items() if isinstance(value, Piece) and name in mine}
+    files = {**({TENSORS: whole} if world.rank == 0 else {}), **({own: pieces} if pieces else {})}
+    with _writing(out):
+        for name, content in files.items():
+            save_file(content, unfinished / name)
+        entries = {name: _entry(unfinished / name) for name in files}
+        for name in files:
+            _sync(unfinished / name)
+    return entries
+
+
+def _each(world: World, do: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each process came to, by rank, once all have ended: the first may clear up, and nobody writes any more.
+
+    Raises: StorageError if the disk refused here, DeviceError if it did elsewhere.
+    """
+    failed: StorageError | None = None
+    done: dict[str, Any] = {}
+    with stopping(world):
+        try:
+            done = do()
+        except StorageError as error:
+            failed = error
+    answers = [json.loads(each) for each in world.gathered(json.dumps({"done": done, "failed": failed is not None}))]
+    with stopping(world):
+        if failed:
+            raise failed
+    if any(answer["failed"] for answer in answers):
+        world.gathered("")  # here they hear why
+    return [answer["done"] for answer in answers]
+
+
+def _bytes(index: Index) -> int:
+    import torch
+
+    return sum(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize for entry in index.values())
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the disk refuses in the block is said of the checkpoint that it was for."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _not_saved(out, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _hash(text: str) -> str:
+    return blake3.blake3(text.encode()).hexdigest()
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from pantheraml.data.chat import Example
-from pantheraml.data.pack import StepBatch, pack_step
+from pantheraml.data.pack import StepBatch, pack_step, share_step
 from pantheraml.data.prepare import Prepared
 from pantheraml.engines.engine import Engine
 from pantheraml.engines.graphs import Graphs
+from pantheraml.engines.parallel import Parallel
 from pantheraml.hardware.backend import Backend
 from pantheraml.hardware.host_memory import HostMemory
 from pantheraml.hardware.settings import read_settings
@@ -45,13 +46,14 @@ def prepare_kernels(plan: Plan, say: Callable[[str], None]) -> None:
         keep_graphs(cache)
 
 
-def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend) -> Decoder | None:
+def decoder_of(model: Any, plan: Plan, recipe: Recipe, backend: Backend, parallel: Parallel | None = None) -> Decoder | None:
     """What computes the layers by the kernels, at the plan's levels; None: the model keeps its own forward."""
     if backend.engine != "torch" or backend.static_shapes or decodes(model) is not None:
         return None
     allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=True)
     away = HostMemory(backend.torch_device(plan.device.index), pinned=backend.pinned_memory) if "offload" in allowed else None
-    return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away, compile=plan.compile)
+    tp, hooked = (None, False) if parallel is None else (parallel.tp, parallel.hooks)
+    return Decoder(model, plan.levels, allowed=allowed, in_host_memory=away, compile=plan.compile, tp=tp, hooked=hooked)
 
 
 @contextmanager
@@ -82,13 +84,13 @@ def made_fast(model: Any, decoder: Decoder | None, plan: Plan, backend: Backend)
         yield
 
 
-def slower_than_could_be(model: Any, plan: Plan, backend: Backend) -> list[str]:
+def slower_than_could_be(model: Any, decoder: Decoder | None, plan: Plan, backend: Backend) -> list[str]:
     """What was not computed by the fastest kernels, and why: for the report."""
     if backend.engine != "torch":
         return []
     found: list[str] = []
-    why = "each example's own length would be a shape to compile" if backend.static_shapes else decodes(model)
-    if why is not None:
+    if decoder is None:
+        why = "each example's own length would be a shape to compile" if backend.static_shapes else decodes(model)
         found.append(f"the model's own forward computed the layers: {why}")
     if stock := stock_layers(model):
         found.append(f"{stock} adapted layers were computed by PEFT itself: the kernels have no dropout, DoRA or several adapters")
@@ -140,6 +142,14 @@ def layout_of(plan: Plan, tokenizer: Any, *, trim: bool, rows: bool = True) -> C
     return lambda examples: pack_step(
         list(examples), row_tokens=row_tokens, micro_tokens=plan.micro_tokens, packing=plan.packing, pad_id=pad, trim=trim
     )
+
+
+def shared(layout: Callable[[Iterable[Any]], StepBatch], parallel: Parallel | None) -> Callable[[Iterable[Any]], StepBatch]:
+    """The same for this process's share of the examples."""
+    if parallel is None:
+        return layout
+    rank, size, in_step = parallel.data_rank, parallel.data_size, parallel.in_step
+    return lambda examples: share_step(list(examples), layout, rank=rank, size=size, in_step=in_step)
 
 
 def batches_of(data: Prepared, plan: Plan, layout: Callable[[Iterable[Any]], StepBatch]) -> list[StepBatch]:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import blake3
 
-from pantheraml.distributed.world import Alone, World, open_world, stopping, told
+from pantheraml.distributed.world import Alone, World, open_world, stopping, together, told
+from pantheraml.engines.piece import Piece, Stored
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.find import Found, find
+from pantheraml.hardware.processes import read_processes
 from pantheraml.hardware.tpu import read_tpu_environment
 from pantheraml.planning.plan import Plan
+from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.load import dump_recipe
 from pantheraml.recipe.types import Recipe
-from pantheraml.trainer.checkpoint import Checkpoint, Checkpoints, Damaged
+from pantheraml.trainer.checkpoint import Checkpoint, Checkpoints, Damaged, manifest_of, not_shared, pieces_seen
 from pantheraml.trainer.folder import open_folder
 from pantheraml.trainer.report import REPORT
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +55,16 @@ def opened(recipe: Recipe, *, resume: bool, console: Console) -> Iterator[Opened
     """The run of a recipe, its folder locked. Raises: see `open_folder`, and DeviceError if not all hosts come."""
     found = _found(recipe)
     alone = isinstance(found, DeviceError)
-    world = Alone() if alone else open_world(found.device, lambda said: console.print(said, markup=False, highlight=False))
+    timeout_s = 600.0
+    world = Alone() if alone else open_world(found.device, lambda said: console.print(said, markup=False, highlight=False), timeout_s)
     with ExitStack() as stack:
         stack.enter_context(stopping(world))
         if world.rank == 0:
             folder, recipe = stack.enter_context(open_folder(recipe, resume=resume))
         else:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="pantheraml-host-")))
-            console.print(f"Host {world.rank} of {world.size}, from 0: the first one keeps the run's folder, and says what happens.")
+            called = "Host" if isinstance(found, DeviceError) or KINDS[found.device.kind].engine == "xla" else "Process"
+            console.print(f"{called} {world.rank} of {world.size}, from 0: the first one keeps the run's folder, and says what happens.")
             console = _silent()
         about = {"name": folder.name, "kept": str(folder), "ended": resume and (folder / REPORT).exists()}
         about = told(world, lambda: about)
@@ -72,6 +78,11 @@ def opened(recipe: Recipe, *, resume: bool, console: Console) -> Iterator[Opened
 def _found(recipe: Recipe) -> Found | DeviceError:
     try:
         found = find(recipe.hardware)
+        local = read_processes().local_rank
+        if local and KINDS[found.device.kind].family == "gpu":  # each process has one of its own
+            found = find(
+                found.ask.model_copy(update={"kind": found.device.kind, "index": found.ask.index + local}), inventory=found.inventory
+            )
     except DeviceError as error:
         return error
     hosts = read_tpu_environment().processes
@@ -91,8 +102,11 @@ def _silent() -> Console:
 
 
 def agreed(plan: Plan, world: World) -> Plan:
-    """That of the first host: what is free on the others may have given them another one."""
-    return plan if world.size == 1 else Plan.from_dict(told(world, plan.to_dict))
+    """That of the first process, on this one's device: what is free on the others may have given them another one."""
+    if world.size == 1:
+        return plan
+    first = Plan.from_dict(told(world, plan.to_dict))
+    return replace(first, device=replace(first.device, index=plan.device.index))
 
 
 def check_same(world: World, what: str, said: str) -> None:
@@ -113,10 +127,14 @@ def identity(model: Any) -> str:
 
 
 class KeptByFirst:
-    """The checkpoints of a run of several hosts, with the methods of `Checkpoints`, which all hosts call.
+    """The checkpoints of a run of several processes, with the methods of `Checkpoints`, which all of them call.
+
+    Whole tensors the first process writes, reads and passes on, so the others need no disk in common with it. Pieces each
+    process writes and reads in the folder of the first, which then all must see.
 
     Args:
-        own: those of this host; only the first one's are used. run: the folder of the run, on the first host.
+        own: those of this process. Only the first one's are used, and the others' must not be of the same folder.
+        run: the folder of the run, on the host of the first process.
     """
 
     def __init__(self, own: Checkpoints, world: World, run: Path) -> None:
@@ -127,9 +145,9 @@ class KeptByFirst:
         steps: list[int] = told(self._world, self._own.steps)
         return steps
 
-    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], *, best: int | None) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensor | Piece], state: Mapping[str, Any], *, best: int | None) -> Path:
         """See `Checkpoints.save`."""
-        return Path(told(self._world, lambda: str(self._own.save(step, tensors, state, best=best))))
+        return self._own.save(step, tensors, state, best=best, world=self._world)
 
     def newest(self, announce: Callable[[str], None]) -> Checkpoint | None:
         """See `Checkpoints.newest`."""
@@ -145,30 +163,50 @@ class KeptByFirst:
         """See `Checkpoints.discard_after`."""
         told(self._world, lambda: self._own.discard_after(step))
 
+    def check_shared(self) -> None:
+        """Ask this before a divided model trains, rather than when its first checkpoint is due.
+
+        Raises: StorageError if this process does not see the folder of the run; DeviceError if another one does not.
+        """
+        made = Path(told(self._world, lambda: str(Path(mkdtemp(prefix=".seen-", dir=self.run)).absolute())))
+        try:
+            with together(self._world):
+                if not made.is_dir():
+                    raise not_shared(made, self._world)
+        finally:
+            if self._world.rank == 0:
+                made.rmdir()
+
     def _read(self, read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-        """What the first host reads, on all of them. Raises: Damaged, on all of them."""
+        """What the first process reads, on all of them. Raises: Damaged, on all; StorageError if one does not see the pieces."""
         import torch
 
-        found: Checkpoint | None = None
+        whole: dict[str, Tensor] = {}
 
         def about() -> dict[str, Any] | None:
-            nonlocal found
+            nonlocal whole
             try:
                 found = read()
             except Damaged as error:
                 return {"damaged": str(error)}
             if found is None:
                 return None
-            like = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in found.tensors.items()}
-            return {"step": found.step, "state": found.state, "like": like}
+            whole = {name: value for name, value in found.tensors.items() if not isinstance(value, Stored)}
+            like = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in whole.items()}
+            place = self._own.place(found.step)
+            pieces = [str(place.absolute()), manifest_of(place)] if len(whole) < len(found.tensors) else None
+            return {"step": found.step, "state": found.state, "like": like, "pieces": pieces}
 
         said = told(self._world, about)
         if said is None:
             return None
         if "damaged" in said:
             raise Damaged(said["damaged"])
-        if found is not None:
-            tensors = found.tensors
-        else:
-            tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in said["like"].items()}
-        return Checkpoint(said["step"], self._world.shared(tensors), said["state"])
+        divided: dict[str, Stored] = {}
+        if said["pieces"]:
+            place, manifest = said["pieces"]
+            with together(self._world):
+                divided = pieces_seen(Path(place), manifest, self._world)
+        if self._world.rank:
+            whole = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in said["like"].items()}
+        return Checkpoint(said["step"], {**self._world.shared(whole), **divided}, said["state"])

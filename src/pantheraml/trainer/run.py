@@ -20,7 +20,8 @@ from pantheraml.data.prepare import Prepared, Records, prepare
 from pantheraml.distributed.world import Alone, World, most, together, told
 from pantheraml.engines.adamw import check_installed
 from pantheraml.engines.graphs import Graphs
-from pantheraml.engines.open import loading_device, open_engine
+from pantheraml.engines.open import loading_device, open_engine, open_parallel
+from pantheraml.engines.piece import read_whole
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
@@ -28,6 +29,7 @@ from pantheraml.hardware.cpu import keep_freed_memory, return_freed_memory, usab
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.find import Found, find
 from pantheraml.hardware.monitor import Monitor
+from pantheraml.hardware.processes import read_processes
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
@@ -39,7 +41,7 @@ from pantheraml.planning.plan import Plan, make_plan
 from pantheraml.planning.rows import longest_allowed
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import format_mesh
-from pantheraml.recipe.kinds import in_host_memory
+from pantheraml.recipe.kinds import KINDS, in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
@@ -51,6 +53,7 @@ from pantheraml.trainer.fast import (
     prepare_kernels,
     rehearse,
     relief,
+    shared,
     slower_than_could_be,
     whole_matrices,
 )
@@ -104,8 +107,11 @@ def train(
             console.print(f"The run {folder} has ended already.", markup=False)
             return Run(folder)
         console.print(f"Run folder: {folder}", markup=False, highlight=False)
-        local = _with_local_base(recipe, folder)
-        view = survey(local, found=run.found, folder=folder, console=console, rows=rows, held_out=held_out)
+        with together(world):
+            if not world.rank:
+                _with_local_base(recipe, folder)
+        local = _with_local_base(recipe, run.kept if (run.kept / BASE).exists() else folder)
+        view = survey(local, found=run.found, folder=folder, console=console, rows=rows, held_out=held_out, world=world)
         plan = agreed(stored_plan(folder, view.plan, recipe, console) if resume else view.plan, world)
         backend = backend_of(plan.device)
         backend.set_threads(plan.threads)
@@ -114,7 +120,7 @@ def train(
         model: Any = load_model(
             local.model,
             dtype=getattr(torch, plan.base_dtype),
-            device=loading_device(backend, plan.device.index),
+            device=loading_device(backend, plan.device.index, divided=divided(plan)),
             attention=plan.attention,
             quantization=quantization(plan.quantizer, getattr(torch, plan.dtype)),
         )
@@ -137,6 +143,7 @@ def survey(
     held_out: Records | None = None,
     model: Any = None,
     tokenizer: Any = None,
+    world: World | None = None,
 ) -> Survey:
     """Look at machine, model and data, and make the plan. Loads no weight.
 
@@ -144,6 +151,7 @@ def survey(
         found: the device, or why there is none; None: look for it.
         folder: gets bad_rows.jsonl.
         rows, held_out: rows from memory. model, tokenizer: those that are here already.
+        world: the processes that train together; None: nobody has started any yet.
     """
     check_installed(recipe.optim)
     if isinstance(found, DeviceError):
@@ -188,6 +196,8 @@ def survey(
         quantizers=available(backend.quantizers),
         available_threads=usable_cores(),
         asked_by=found.asked_by,
+        collective=backend.collective,
+        **started(world),
     )
     if data.train is not None and len(data.train) < recipe.batch.size and recipe.optim.steps:
         few = f"batch.size={recipe.batch.size} is more than the {len(data.train)} training rows: a step sees rows more than once."
@@ -228,15 +238,17 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
         held = [example.tokens.tobytes() for example in data.held_out]
         check_same(world, repr((source.fingerprint, held, data.questions)), "has read other rows")
         check_same(world, identity(model), "has loaded other weights")
-    decoder = decoder_of(model, plan, recipe, backend)
-    layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
-    # Hosts cannot go on each in its own way, and one may run out of memory alone.
+    parallel = open_parallel(backend, plan, world)
+    decoder = decoder_of(model, plan, recipe, backend, parallel)
+    own_layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
+    layout = shared(own_layout, parallel)
+    # Processes cannot go on each in its own way, and one may run out of memory alone.
     retries = recipe.hardware.oom_retries if world.size == 1 else 0
     recovery = Recovery({"out of memory": retries}, device=lambda: (backend, plan.device.index))
     record = backend.recorder(plan.device.index) if plan.graphs and decoder else None
     graphs = Graphs(record) if record else None
     allowed = rungs(plan.device, recipe.hardware.checkpointing, fused=False) if backend.engine != "torch" else ()
-    engine = open_engine(backend, plan, recovery, graphs, allowed)
+    engine = open_engine(backend, plan, recovery, graphs, allowed, parallel)
     prepare_kernels(plan, lambda said: console.print(said, markup=False, highlight=False))
     host = in_host_memory(plan.device.kind)
     gives_back = host and plan.checkpointing and return_freed_memory()
@@ -261,6 +273,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
 
     own = Checkpoints(folder / CHECKPOINTS, fingerprint=fingerprint(recipe, source.fingerprint), keep=recipe.run.keep)
     checkpoints = own if world.size == 1 else KeptByFirst(own, world, kept)
+    if isinstance(checkpoints, KeptByFirst) and divided(plan) and not isinstance(recipe.adapter, LoRA):
+        checkpoints.check_shared()
     found = checkpoints.newest(console.print)
     position = loop.Position()
     if found:
@@ -293,7 +307,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
         with monitor, made_fast(model, decoder, plan, backend):
-            rehearse(engine, layout, plan, backend, view.held_bytes, watch.say)
+            rehearse(engine, own_layout, plan, backend, view.held_bytes, watch.say)
             position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
     finally:
         watch.close()
@@ -304,7 +318,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
         graphs.forget()
 
     notes = [*data.notes, *([monitor.trouble] if monitor.trouble else [])]
-    notes += slower_than_could_be(model, plan, backend)
+    notes += slower_than_could_be(model, decoder, plan, backend)
     notes += [graphs.said] if graphs else []
     notes += ["layers are computed again, so this process gives memory back as soon as it is freed, from now on"] if gives_back else []
     best = position.step
@@ -327,7 +341,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
     with together(world):  # the first host leaves the results, and the others wait until it has
         if world.rank:
             return run
-        _save(model, view, folder)
+        _save(model, view, folder, checkpoints=own, step=best)
         report = summary(
             view,
             model,
@@ -388,10 +402,30 @@ def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(base)})})
 
 
-def _save(model: Any, view: Survey, folder: Path) -> None:
+def divided(plan: Plan) -> bool:
+    """Whether each process has a part of the weights only."""
+    return max(plan.mesh.get("fsdp", 1), plan.mesh.get("tp", 1)) > 1 and KINDS[plan.device.kind].engine == "torch"
+
+
+def started(world: World | None) -> dict[str, int]:
+    """What a plan is to know of the processes that somebody has started to train together."""
+    said = read_processes()
+    if world is None or not said.launched:
+        return {}
+    return {"processes": world.size, "machines": max(1, world.size // said.local_world_size)}
+
+
+def _save(model: Any, view: Survey, folder: Path, *, checkpoints: Checkpoints, step: int) -> None:
+    """The results. checkpoints: hold the weights of this step, of which a process may have a part only."""
     if isinstance(view.recipe.adapter, LoRA):
         save_adapter(model, view.tokenizer, folder / ADAPTER, overwrite=True)
         return
     import torch
 
+    if divided(view.plan):  # on the host, one tensor after the other
+        model = load_model(_with_local_base(view.recipe, folder).model, dtype=torch.float32, device=torch.empty(0).device)
+        stored = checkpoints.load(step).tensors
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.data = read_whole(stored[f"weight/{name}"])
     save_full(model, view.tokenizer, folder / MODEL, dtype=getattr(torch, view.stored_dtype), overwrite=True)
