@@ -19,7 +19,8 @@ from pantheraml.engines.torch_engine import micro_tensors
 from pantheraml.hardware.host_memory import HostMemory
 from pantheraml.models import decoder as module
 from pantheraml.models.adapters import attach
-from pantheraml.models.decoder import FAMILIES, Decoder, decodes
+from pantheraml.models.decoder import Decoder, decodes
+from pantheraml.models.families import FAMILIES
 from pantheraml.models.tiny import tiny_config
 from pantheraml.planning.memory import Level
 from pantheraml.recipe.types import LoRA

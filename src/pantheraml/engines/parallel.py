@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from pantheraml.engines.engine import LossFn
 from pantheraml.engines.flat import FlatParameters, norm_of
+from pantheraml.kernels.sums import Sums
 from pantheraml.kernels.tensor_parallel import TensorParallel
 from pantheraml.models.head import causal_model
 from pantheraml.models.quantize import to_plain_bytes
@@ -42,11 +43,12 @@ class Parallel:
         data_rank, data_size: whose share of a step's examples it takes, and into how many they are divided.
         in_step: all processes take as many micro-batches, since they meet in each.
         hooks: modules must be called as such, since FSDP brings what they need.
+        sums: what this process adds up with others; not what FSDP sends.
     """
 
     def __init__(self, mesh: Mapping[str, int], device: torch.device) -> None:
         self._sizes = [mesh.get(axis, 1) for axis in AXES]
-        self._device, self._rank = device, dist.get_rank()
+        self._device, self._rank, self.sums = device, dist.get_rank(), Sums(device)
         if math.prod(self._sizes) != dist.get_world_size():
             raise ValueError(f"a mesh of {self._sizes} does not have the {dist.get_world_size()} processes that are here")
         self._at = self._place(self._rank)
@@ -57,7 +59,7 @@ class Parallel:
         self._groups: dict[tuple[str, ...], Any] = {
             axes: self._group(axes) for axes in (("dp",), ("fsdp",), ("tp",), ("dp", "fsdp"), ("dp", "tp"))
         }
-        self.tp = TensorParallel(self._at[2], tp, self._groups["tp",]) if tp > 1 else None
+        self.tp = TensorParallel(self._at[2], tp, self._groups["tp",], self.sums) if tp > 1 else None
         self._divided: dict[str, int] = {}
         self._inner: set[str] = set()
         self._managed: set[str] = set()
@@ -139,7 +141,7 @@ class Parallel:
         if not along:
             return
         everybody = math.prod(self._sizes[AXES.index(axis)] for axis in along) == len(self)
-        dist.all_reduce(tensor, group=None if everybody else self._groups[along])
+        self.sums.over(tensor, None if everybody else self._groups[along])
 
     def totals(self, loss: Tensor, flat: FlatParameters) -> tuple[Tensor, Tensor]:
         """(sum of the losses of all processes, norm of the gradients of the whole model), after `sum_gradients`."""
@@ -150,14 +152,12 @@ class Parallel:
             copies = (1 if inner == _PART else self._sizes[2]) * self._sizes[0] * (1 if by == "managed" else self._fsdp)
             squares += norm_of(flat.gradients[where]).square() / copies
         both = torch.stack((self._own(loss), squares))
-        dist.all_reduce(both)
+        self.sums.over(both)
         return both[0], both[1].sqrt()
 
     def total(self, loss: Tensor) -> Tensor:
         """The sum of the losses of all processes."""
-        total = self._own(loss).clone()
-        dist.all_reduce(total)
-        return total
+        return self.sums.over(self._own(loss).clone())
 
     def _own(self, loss: Tensor) -> Tensor:
         """Processes that share products have the same loss."""

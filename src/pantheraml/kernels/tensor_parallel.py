@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from pantheraml.kernels.linear import Projection
+from pantheraml.kernels.sums import Sums
 
 Side = Literal["outputs", "inputs"]
 
@@ -23,21 +23,22 @@ class TensorParallel:
 
     Attributes:
         rank: of this process among them, from 0. size: how many there are.
-        group: theirs; all of them call `begun` and `summed` in the same order.
+        group: theirs; all of them call `begun` and `summed` in the same order. sums: how they meet.
     """
 
     rank: int
     size: int
     group: Any
+    sums: Sums
 
     def begun(self, x: Tensor) -> Tensor:
         """x, in front of matrices divided by outputs: each process has a part of its gradient, and gets the sum."""
-        found: Tensor = _Begun.apply(x, self.group)
+        found: Tensor = _Begun.apply(x, self)
         return found
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum of what the processes have behind a matrix divided by inputs."""
-        found: Tensor = _Summed.apply(x, self.group)
+        found: Tensor = _Summed.apply(x, self)
         return found
 
     def part(self, tensor: Tensor, dim: int) -> Tensor:
@@ -46,6 +47,10 @@ class TensorParallel:
         if left:
             raise ValueError(f"dimension {dim} of {tuple(tensor.shape)} does not divide into {self.size} parts")
         return tensor.narrow(dim, self.rank * each, each)
+
+    def all_reduced(self, x: Tensor) -> Tensor:
+        """A new tensor with the sum."""
+        return self.sums.over(x.clone(memory_format=torch.contiguous_format), self.group)
 
     def projection(self, whole: Projection, side: Side) -> Projection:
         """A layer whose matrix is this process's part already, with its part of the adapter, which every process has as a whole.
@@ -60,26 +65,20 @@ class TensorParallel:
 
 class _Begun(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return _all_reduced(grads[0], ctx.group), None
+        return ctx.tp.all_reduced(grads[0]), None
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        return _all_reduced(x, group)
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        return tp.all_reduced(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return grads[0], None
-
-
-def _all_reduced(x: Tensor, group: Any) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pantheraml.errors import RecipeError
 from pantheraml.kernels.linear import linear
 from pantheraml.kernels.tensor_parallel import Side, TensorParallel
-from pantheraml.models.decoder import FAMILIES, decodes
+from pantheraml.models.decoder import decodes
+from pantheraml.models.families import FAMILIES
 from pantheraml.models.head import causal_model
 from pantheraml.models.lora import product_dtype, projection
 from pantheraml.models.swap import swapped

@@ -20,6 +20,8 @@ from pantheraml.recipe.types import Recipe
 
 RECIPE, PLAN, BEFORE, BAD_ROWS = "recipe.yaml", "plan.json", "before.json", "bad_rows.jsonl"
 BASE, ADAPTER, MODEL, MERGED, GGUF, CHECKPOINTS = "base", "adapter", "model", "merged", "gguf", "checkpoints"
+LOGS = "logs"
+"""Of the processes of a run, where there are several. They are started before it is decided whether it begins, so this is no sign of one."""
 _LOCK = ".lock"
 # What a kill leaves of a file or folder that was being written beside its place.
 _LEFTOVER = re.compile(r"\.(.+\.)?[0-9a-f]{8}(\.old)?|\.merged")
@@ -52,7 +54,7 @@ def open_folder(recipe: Recipe, *, resume: bool) -> Iterator[tuple[Path, Recipe]
     """
     from filelock import FileLock, Timeout
 
-    folder = _choose(recipe, resume)
+    folder = choose_folder(recipe, resume)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": folder.name})})
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def _begun(folder: Path) -> Iterator[None]:
         yield
     except BaseException:  # also an interrupt; it is raised again
         if not (folder / CHECKPOINTS).exists():
-            for place in set(folder.iterdir()) - before - {folder / _LOCK, folder / BAD_ROWS}:
+            for place in set(folder.iterdir()) - before - {folder / _LOCK, folder / BAD_ROWS, folder / LOGS}:
                 _delete(place)
         raise
 
@@ -104,7 +106,11 @@ def _delete(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
 
 
-def _choose(recipe: Recipe, resume: bool) -> Path:
+def choose_folder(recipe: Recipe, resume: bool) -> Path:
+    """Where a run goes: into the folder that it names, or one that is free, or the newest of that name to be resumed. Makes nothing.
+
+    Raises: RecipeError for a name that is a path; StorageError for a folder that is in use for something else.
+    """
     root = Path(recipe.run.folder)
     if recipe.run.name is not None:
         folder = root / recipe.run.name
@@ -138,7 +144,7 @@ def _choose(recipe: Recipe, resume: bool) -> Path:
 
 def _holds_something(folder: Path) -> bool:
     """Whether there is more than a run that failed before it began leaves."""
-    return folder.is_dir() and any(place.name not in (_LOCK, BAD_ROWS) for place in folder.iterdir())
+    return folder.is_dir() and any(place.name not in (_LOCK, BAD_ROWS, LOGS) for place in folder.iterdir())
 
 
 def _try_to_write(folder: Path) -> None:

@@ -25,6 +25,7 @@ from pantheraml.recipe.types import Recipe
 from pantheraml.trainer.checkpoint import Checkpoint, Checkpoints, Damaged, manifest_of, not_shared, pieces_seen
 from pantheraml.trainer.folder import open_folder
 from pantheraml.trainer.report import REPORT
+from pantheraml.trainer.watch import Team
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,6 +125,22 @@ def check_same(world: World, what: str, said: str) -> None:
 def identity(model: Any) -> str:
     """The names, shapes and first values of all weights."""
     return repr([(name, tuple(each.shape), each.detach().flatten()[:8].tolist()) for name, each in model.named_parameters()])
+
+
+def keeping_up(world: World, waited_s: Callable[[], float]) -> Callable[[float], Team]:
+    """How the processes of a run kept up with each other in the last so many seconds, which all of them ask at the same step.
+
+    Args:
+        waited_s: how long this one has waited for the others since it was asked last.
+    """
+
+    def look(seconds: float) -> Team:
+        own_work = [float(each) for each in world.gathered(repr(min(1.0, max(0.0, 1 - waited_s() / seconds))))]
+        mean = sum(own_work) / len(own_work)
+        slowest = max(range(len(own_work)), key=lambda rank: own_work[rank])
+        return Team(processes=world.size, waiting=1 - mean, slowest=slowest, behind=own_work[slowest] / mean - 1 if mean else 0.0)
+
+    return look
 
 
 class KeptByFirst:

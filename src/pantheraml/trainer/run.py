@@ -58,7 +58,7 @@ from pantheraml.trainer.fast import (
     whole_matrices,
 )
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, fingerprint, learned, write_json
-from pantheraml.trainer.hosts import KeptByFirst, Opened, agreed, check_same, identity, opened
+from pantheraml.trainer.hosts import KeptByFirst, Opened, agreed, check_same, identity, keeping_up, opened
 from pantheraml.trainer.report import monitored, summary, write_report
 from pantheraml.trainer.resume import stored_plan
 from pantheraml.trainer.runs import Run
@@ -296,8 +296,11 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
         memory_bytes=lambda: backend.memory(index).used_bytes,
         reporters=open_reporters(() if world.rank else recipe.run.reporters, folder, learned(recipe)),
         monitor=monitor,
+        team=keeping_up(world, parallel.sums.take_s) if parallel else None,
     )
     recovery.announce = watch.say
+    if parallel:
+        parallel.sums.take_s()  # what was waited for until now
     backend.empty_cache()  # what loading and answering let go of
     backend.reset_peak(index)
     held_out = batches_of(data, plan, layout)

@@ -1,7 +1,8 @@
 """What people see while a run goes on: one line that moves on a terminal, plain lines in a file, and metrics.jsonl.
 
 A line of metrics.jsonl belongs to a "step" and has "loss" (a step, see StepRecord), "eval_loss" (an evaluation), or "device":
-means since the last log line, "device_peak" the highest values, and "device_samples" how often it was asked (see Sampled).
+means since the last log line, "device_peak" the highest values, and "device_samples" how often it was asked (see Sampled);
+with several processes also "team", see Team.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pantheraml.hardware.monitor import Monitor
 from pantheraml.planning.memory import format_bytes
 
 METRICS = "metrics.jsonl"
+BEHIND = 0.1
+"""Share by which a process must be slower than the others to be named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,22 @@ class StepRecord:
     def measured(self, loss: float, grad_norm: float) -> StepRecord:
         """The record with what was measured."""
         return replace(self, loss=loss, grad_norm=grad_norm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """How the processes of a run kept up with each other since the last log line.
+
+    Attributes:
+        processes: how many there are.
+        waiting: share of the time from the beginning of their sums to the end, a mean over all; weights that FSDP brings are not in it.
+        slowest: rank of the one that was at its own work longest. behind: by how much longer than the mean, as a share.
+    """
+
+    processes: int
+    waiting: float
+    slowest: int
+    behind: float
 
 
 class Reporter(Protocol):
@@ -59,6 +78,7 @@ class Watch:
         folder: of the run; metrics.jsonl is cut back to `start` steps, so that a resumed run has each step once.
         memory_bytes: what the process uses now.
         monitor: looks at the device; what it saw since the last line is written beside the steps.
+        team: for the seconds of the last steps, how all processes kept up; asked by each of them. None: there is one.
         console: where people read; a terminal gets one line that moves.
     """
 
@@ -72,7 +92,9 @@ class Watch:
         memory_bytes: Callable[[], int | None],
         reporters: Sequence[Reporter] = (),
         monitor: Monitor | None = None,
+        team: Callable[[float], Team] | None = None,
     ) -> None:
+        self._team = team
         self._console, self._total, self._memory_bytes, self._reporters = console, total, memory_bytes, reporters
         self._monitor, self._said_trouble = monitor, False
         self._path = folder / METRICS
@@ -98,6 +120,9 @@ class Watch:
         self._write([{**asdict(record), "tokens_per_s": None if speed is None else round(speed, 1)} for record in records])
         last = records[-1]
         seen = self._device(last.step)
+        team = self._team(seconds) if self._team is not None and seconds else None
+        if team is not None:
+            self._write([{"step": last.step, "team": {name: round(value, 4) for name, value in asdict(team).items()}}])
         labels = sum(record.labels for record in records)
         loss = sum(record.loss * record.labels for record in records) / labels if labels else math.nan
         each = seconds / len(records)
@@ -110,6 +135,9 @@ class Watch:
             f"step {last.step:>{width}}/{self._total}  loss {loss:.4f}  lr {last.lr:.1e}  "
             f"{'-' if speed is None else f'{speed:,.0f}'} tokens/s  memory {format_bytes(self._memory_bytes())}  left {left}"
         )
+        if team is not None and speed is not None:
+            line += f"  {team.processes} processes, {speed / team.processes:,.0f} tokens/s each, {team.waiting:.0%} waiting"
+            line += f", {team.slowest} is {team.behind:.0%} behind" if team.behind >= BEHIND else ""
         if self._console.is_terminal:
             # Past rich, which takes control characters out of text.
             self._console.file.write("\r\x1b[2K" + line[: self._console.width - 1])
