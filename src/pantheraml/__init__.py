@@ -18,11 +18,14 @@ from pantheraml.lazy import homes
 
 if TYPE_CHECKING:
     from pantheraml.api import FastLanguageModel as FastLanguageModel
+    from pantheraml.api import PantheraMLDistributedTrainer as PantheraMLDistributedTrainer
+    from pantheraml.api import PantheraMLTPUTrainer as PantheraMLTPUTrainer
     from pantheraml.api import Trainer as Trainer
     from pantheraml.api import TrainingArguments as TrainingArguments
     from pantheraml.api import plan as plan
     from pantheraml.api import resume as resume
     from pantheraml.api import train as train
+    from pantheraml.distributed.multi_gpu import MultiGPUConfig as MultiGPUConfig
     from pantheraml.engines.xla_optimizer import XLAOptimizer as XLAOptimizer
     from pantheraml.errors import PantheraError as PantheraError
     from pantheraml.manager import DeviceManager as DeviceManager
@@ -34,11 +37,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FastLanguageModel": "pantheraml.api",
+    "PantheraMLDistributedTrainer": "pantheraml.api",
+    "PantheraMLTPUTrainer": "pantheraml.api",
     "Trainer": "pantheraml.api",
     "TrainingArguments": "pantheraml.api",
     "plan": "pantheraml.api",
     "resume": "pantheraml.api",
     "train": "pantheraml.api",
+    "MultiGPUConfig": "pantheraml.distributed.multi_gpu",
     "DeviceManager": "pantheraml.manager",
     "get_device_manager": "pantheraml.manager",
     "XLAOptimizer": "pantheraml.engines.xla_optimizer",

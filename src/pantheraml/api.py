@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import DataError, PantheraError, RecipeError
-from pantheraml.recipe.kinds import KINDS, kind_of
+from pantheraml.hardware.processes import read_processes
+from pantheraml.recipe.kinds import KINDS, in_host_memory, kind_of
 from pantheraml.recipe.load import load_recipe, recipe_from
 from pantheraml.recipe.types import HardwareAsk, LoRA, ModelSpec, Recipe
 from pantheraml.trainer.run import fit, isolated, survey
@@ -25,9 +26,12 @@ from pantheraml.trainer.run import train as train_recipe
 from pantheraml.trainer.runs import Run
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
+    from pantheraml.distributed.multi_gpu import MultiGPUConfig
     from pantheraml.distributed.multi_tpu import MultiTPUConfig
+    from pantheraml.hardware.device import Device
     from pantheraml.planning.plan import Plan
 
 Rows = Iterable[Mapping[str, Any]]
@@ -151,8 +155,11 @@ class FastLanguageModel:
         device: str = "auto",
         attn_implementation: str | None = None,
         seed: int = 3407,
+        use_multi_gpu: bool | None = None,
+        auto_device_map: bool | None = None,
+        use_tpu: bool | None = None,
     ) -> tuple[Any, Any]:
-        """(model, tokenizer), the model on the best device that answers.
+        """(model, tokenizer), the model on the best device that answers; under torchrun, on this process's own one.
 
         Args:
             model_name: a Hub id, a folder, or `tiny:llama`.
@@ -161,22 +168,27 @@ class FastLanguageModel:
             load_in_4bit: hold the weights in NF4 (needs bitsandbytes); train it with an adapter.
             load_in_8bit, load_in_fp8: hold them in eight bits (whole numbers or floats) as soon as `get_peft_model` has put an
                 adapter on them, and multiply in eight bits.
+            device: a kind ("cuda"), or one device for this process ("cuda:1").
             seed: of the weights of a `tiny:` model.
-        Raises: RecipeError if there is no such model; DeviceError if there is no such device, or it cannot hold weights so.
+            use_multi_gpu: more than one device is wanted. Under torchrun that is so, and the model is loaded as a whole in each process, on
+                the host if its device has no room for it: training makes copies or parts of it. In one process that has several GPUs, the
+                model is spread over them, for answers; a Trainer refuses it. One process with one device is an error.
+            auto_device_map: spread the model over the GPUs of this process, by what is free on them; with a single one, it lies there. None:
+                as use_multi_gpu says. Under torchrun, and on a TPU, the plan of the training decides where what lies.
+            use_tpu: True: the model waits on the host for the chips of a TPU. False: "auto" means no TPU.
+        Raises: RecipeError if there is no such model, or arguments contradict each other; DeviceError if there is no such device, or
+            it cannot hold weights so.
         """
         import torch
 
-        from pantheraml.engines.open import loading_device
+        from pantheraml.distributed.multi_gpu import device_for_model
         from pantheraml.hardware.backend import backend_of
-        from pantheraml.hardware.device import parse_device
-        from pantheraml.hardware.find import find
         from pantheraml.models.load import load_model, load_tokenizer
         from pantheraml.models.quantize import available, quantization
         from pantheraml.planning.base import quantizer_of
 
-        kind, index = parse_device(device)
-        ask = None if kind == "auto" else HardwareAsk(kind=kind, index=index or 0)
-        chosen = find(ask, asked_by=None if ask is None else f"device={device!r}").device
+        found, spread = device_for_model(device, use_multi_gpu=use_multi_gpu, auto_device_map=auto_device_map, use_tpu=use_tpu)
+        chosen = found.device
         backend = backend_of(chosen)
         name = str(dtype).removeprefix("torch.") if dtype is not None else chosen.dtypes[0]
         arithmetic = getattr(torch, name, None)
@@ -191,15 +203,21 @@ class FastLanguageModel:
         checked = recipe_from({"model": {"name": model_name, **bits}, "data": "checked"})
         quantizer = quantizer_of(checked, chosen, available(backend.quantizers))
         spec = ModelSpec(name=model_name, revision=revision, trust_remote_code=trust_remote_code)
+        place = _loading_device(spec, chosen, name, quantizer)
         model = load_model(
             spec,
             dtype=arithmetic,
-            device=loading_device(backend, chosen.index),
+            device=place,
             attention=attn_implementation,
             quantization=quantization(quantizer, arithmetic),
             seed=seed,
+            device_map=_device_map(spec, spread, arithmetic, quantizer) if spread else None,
         )
-        _note(model, _Origin(spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, quantizer=quantizer))
+        waits = place.type == "cpu" and not in_host_memory(chosen.kind)
+        origin = _Origin(
+            spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, index=chosen.index, on_host=waits, quantizer=quantizer
+        )
+        _note(model, origin)
         return _with_savers(model), load_tokenizer(spec)
 
     @staticmethod
@@ -271,14 +289,49 @@ class _Origin:
     max_tokens: int | None = None
     dtype: str = "float32"
     device: str = "auto"
+    index: int = 0
+    on_host: bool = False
+    """It waits on the host for its device: torch has no tensors there, or there is no room for the whole of it."""
     quantizer: str | None = None
     adapter: LoRA | None = None
     checkpointing: bool = False
+    divided: bool = False
+    """Each process has only a part of it since it was trained."""
 
-    @property
-    def on_host(self) -> bool:
-        """Whether the model waits on the host for a device on which torch has no tensors."""
-        return self.device in KINDS and KINDS[self.device].engine == "xla"
+
+def _loading_device(spec: ModelSpec, device: Device, dtype: Any, quantizer: str | None) -> torch.device:
+    """Where this process loads a model. One of several waits on the host where the whole has no room: it will be divided."""
+    from pantheraml.engines.open import loading_device
+    from pantheraml.hardware.backend import backend_of
+    from pantheraml.models.load import read_shape
+    from pantheraml.planning.base import base_bytes_each
+    from pantheraml.planning.batch import HEADROOM
+
+    too_large = False
+    if read_processes().world_size > 1 and not in_host_memory(device.kind) and device.free_bytes is not None:
+        shape = read_shape(spec)
+        too_large = shape.parameters * base_bytes_each(shape, dtype, quantizer) > HEADROOM * device.free_bytes
+    return loading_device(backend_of(device), device.index, divided=too_large)
+
+
+def _device_map(spec: ModelSpec, devices: Sequence[Device], dtype: torch.dtype, quantizer: str | None) -> dict[str, torch.device]:
+    """Where each part of a model lies that is spread over devices. Raises: DeviceError if they have no room for it."""
+    from pantheraml.distributed.device_map import balanced_device_map
+    from pantheraml.hardware.backend import backend_of
+    from pantheraml.models.load import empty_model, read_config
+
+    if quantizer in ("int8", "fp8"):
+        raise RecipeError(
+            "a model in eight bits cannot be spread over several GPUs",
+            why="they begin with an adapter that is trained, and a model that is spread is for answers",
+            fix="leave load_in_8bit and load_in_fp8 out, or auto_device_map and use_multi_gpu",
+        )
+    backend = backend_of(devices[0])
+    free = {each.index: backend.memory(each.index).free_bytes or each.free_bytes or 0 for each in devices}
+    four_bits = 0.5 + 4 / 64 if quantizer == "nf4" else None  # with a float32 scale for each 64 weights
+    placed = balanced_device_map(empty_model(spec, read_config(spec)), free, bytes_each=dtype.itemsize, linear_bytes_each=four_bits)
+    places = {each.index: backend.torch_device(each.index) for each in reversed(devices)}  # the first stays the current one
+    return {name: places[index] for name, index in placed.items()}
 
 
 def _checkpointing(args: TrainingArguments, origin: _Origin) -> str:
@@ -307,6 +360,46 @@ def _kind(model: Any) -> str:
     return kind_of(model.device.type) or model.device.type
 
 
+def _index(model: Any, origin: _Origin) -> int:
+    """Of the device of the first process of this machine, behind which those of the others come. Raises: RecipeError if this one is not there."""
+    index, kind = (origin.index, origin.device) if origin.on_host else (model.device.index or 0, _kind(model))
+    own = read_processes().local_rank if kind in KINDS and KINDS[kind].family == "gpu" else 0
+    if index < own:
+        raise RecipeError(
+            f"process {own} of this machine has its model on {kind}:{index}",
+            why="each process trains on a GPU of its own, and they are numbered as the processes are",
+            fix="load it with FastLanguageModel.from_pretrained and without an index, or move it to the GPU of its process before",
+        )
+    return index - own
+
+
+def _check_trainable(model: Any) -> None:
+    """Raises: RecipeError for a model that no process can train alone, or divide."""
+    if _origin(model).divided:
+        raise RecipeError(
+            "each process has only a part of this model",
+            why="it was divided when it was trained",
+            fix="load it again, and for what was trained: PeftModel.from_pretrained(model, run.folder / 'adapter'), or run.folder / 'model'",
+        )
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) > 1:
+        raise RecipeError(
+            f"this model lies on {', '.join(sorted(places))}",
+            why="a model that is spread over devices is for answers: in training, each device has a process of its own",
+            fix="load it without auto_device_map and device_map, and start the script with torchrun --nproc-per-node DEVICES SCRIPT.py",
+        )
+
+
+def _check_whole(model: Any) -> None:
+    """Raises: RecipeError for a model of which this process has a part, which nobody could load."""
+    if _origin(model).divided:
+        raise RecipeError(
+            "this process has only a part of the model",
+            why="it was divided when it was trained, so there is nothing whole to save here",
+            fix="take it from the run's folder, in the first process: run.export('merged') or run.export('gguf')",
+        )
+
+
 def _with_savers(model: Any) -> Any:
     model.save_pretrained_merged = MethodType(save_pretrained_merged, model)
     model.save_pretrained_gguf = MethodType(save_pretrained_gguf, model)
@@ -316,11 +409,15 @@ def _with_savers(model: Any) -> Any:
 def save_pretrained_merged(model: Any, save_directory: str | Path, tokenizer: Any, *, overwrite: bool = False) -> Path:
     """Write the model, its adapter merged in, as a folder for transformers; read back and compared before it is there.
 
-    Raises: StorageError if the disk refuses or the logits differ.
+    Of several processes the first one writes, and the others do not wait for it.
+    Raises: StorageError if the disk refuses or the logits differ; RecipeError if this process has only a part of the model.
     """
     from pantheraml.export.safetensors import merge_model, save_full
 
+    _check_whole(model)
     out = Path(save_directory)
+    if read_processes().rank:
+        return out
     trusted = _origin(model).spec.trust_remote_code
     if hasattr(model, "get_base_model"):
         return merge_model(model, tokenizer, out, trust_remote_code=trusted, overwrite=overwrite).path
@@ -332,6 +429,7 @@ def save_pretrained_gguf(
 ) -> Path:
     """Write `save_directory/model.TYPE.gguf` for llama.cpp, and let llama.cpp check it where it is installed.
 
+    Of several processes the first one writes, and the others do not wait for it.
     Args:
         quantization_method: f32, f16, bf16, q8_0, or a K-quant (q4_k_m) where a quantiser is installed.
     Raises: as the export room; see `pantheraml export`.
@@ -349,7 +447,10 @@ def save_pretrained_gguf(
             why="these are: " + ", ".join(get_args(GgufType)),
             fix="choose one of them",
         )
+    _check_whole(model)
     file = Path(save_directory) / f"model.{kind}.gguf"
+    if read_processes().rank:
+        return file
     if file.exists() and not overwrite:
         raise PantheraError(f"{file} is there already", why="it may be of another model", fix="pass overwrite=True, or another folder")
     with tempfile.TemporaryDirectory(prefix="pantheraml-merged-") as room:
@@ -361,7 +462,7 @@ def save_pretrained_gguf(
 class TrainingArguments:
     """What a Trainer is told, in the words of Hugging Face's trainers. None: the recipe's default.
 
-    `per_device_train_batch_size * gradient_accumulation_steps` examples make one step; how many the device takes at
+    `per_device_train_batch_size * gradient_accumulation_steps` examples make one step, over all devices; how many a device takes at
     once is planned. Rates, steps and epochs are as in `pantheraml recipe explain`.
     """
 
@@ -395,14 +496,14 @@ class TrainingArguments:
 
 
 class Trainer:
-    """Trains a model that is here, on rows that are here.
+    """Trains a model that is here, on rows that are here. Started by torchrun, all processes train it together, each with its share of a step.
 
     Args:
         model: from FastLanguageModel, PEFT or transformers; what requires gradients is trained, in place.
         tokenizer: or `processing_class`, as TRL names it.
         train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts, or a path.
         args: how; see TrainingArguments.
-    Raises: RecipeError if an argument is missing or no parameter of the model trains.
+    Raises: RecipeError if an argument is missing, no parameter of the model trains, or it lies on several devices.
     """
 
     def __init__(
@@ -428,6 +529,7 @@ class Trainer:
                 why="all of them are frozen, so nothing could be learned",
                 fix="add an adapter with FastLanguageModel.get_peft_model(model), or call model.requires_grad_(True)",
             )
+        _check_trainable(model)
         self.model, self.tokenizer, self.console = model, tokenizer, console
         self.args = args or TrainingArguments()
         self._train, self._train_rows = _paths_and_rows(train_dataset)
@@ -435,47 +537,67 @@ class Trainer:
         self.recipe = self._as_recipe()
 
     def train(self, resume_from_checkpoint: bool = False) -> Run:
-        """Train in place, and return the run. With `resume_from_checkpoint`, go on from its newest sound checkpoint."""
+        """Train in place, and return the run. With `resume_from_checkpoint`, go on from its newest sound checkpoint.
+
+        Of several processes each has the same model and rows, and calls this. Afterwards each has the trained model, unless the plan
+        divided it (hardware.parallel fsdp or tp): then each has a part, which only what is in the run's folder makes whole. That
+        folder, the first process's, is the one that all of them get.
+        Raises: PantheraError, if other processes have other rows or weights, or fewer were started than devices were asked for.
+        """
+        from pantheraml.distributed.world import together
         from pantheraml.hardware.backend import backend_of
+        from pantheraml.hardware.find import find_own
         from pantheraml.models.quantize import to_eight_bits
         from pantheraml.trainer.folder import PLAN, write_json
-        from pantheraml.trainer.hosts import agreed, opened
+        from pantheraml.trainer.hosts import agreed, check_started, opened
         from pantheraml.trainer.resume import stored_plan
-        from pantheraml.trainer.run import default_console
+        from pantheraml.trainer.run import default_console, divided
 
         with opened(self.recipe, resume=resume_from_checkpoint, console=self.console or default_console()) as begun:
             folder, recipe, console, world = begun.folder, begun.recipe, begun.console, begun.world
             view = survey(
                 recipe,
-                found=begun.found,
+                # Now that all have their model, memory is looked at again.
+                found=begun.found if world.size == 1 else find_own(recipe.hardware),
                 folder=folder,
                 console=console,
                 rows=self._train_rows,
                 held_out=self._eval_rows,
                 model=self.model,
                 tokenizer=self.tokenizer,
+                world=world,
             )
             planned = agreed(stored_plan(folder, view.plan, recipe, console) if resume_from_checkpoint else view.plan, world)
+            check_started(planned, world)
             backend = backend_of(planned.device)
             if (planned.quantizer == "int8" or planned.quantizer == "fp8") and backend.engine == "torch":
                 to_eight_bits(self.model, planned.quantizer)  # which get_peft_model has done, unless PEFT made the adapter
             planned = agreed(isolated(self.model, planned, recipe, console), world)
             backend.set_threads(planned.threads)
             write_json(folder / PLAN, planned.to_dict())
-            self._keep_base(folder)
-            return fit(replace(view, plan=planned), self.model, backend, folder, console, begun)
+            with together(world):
+                if not world.rank:  # transformers writes nothing in other processes
+                    self._keep_base(folder, divided=divided(planned))
+            if divided(planned):
+                _note(self.model, replace(_origin(self.model), divided=True))
+            run = fit(replace(view, plan=planned), self.model, backend, folder, console, begun)
+            return run if world.rank == 0 else Run(begun.kept)
 
-    def _keep_base(self, folder: Path) -> None:
-        """An adapter on a model that exists only here is useless without it, so its base is written beside it."""
+    def _keep_base(self, folder: Path, *, divided: bool) -> None:
+        """An adapter on a model that exists only here is useless without it, so its base is written beside it.
+
+        Also what is made whole again from parts must begin with a whole one.
+        """
         from pantheraml.export.safetensors import save_full
         from pantheraml.models.quantize import to_matrices
         from pantheraml.models.tiny import PREFIX
         from pantheraml.trainer.folder import BASE
 
-        named = self.model.config.name_or_path
-        if not hasattr(self.model, "get_base_model") or (folder / BASE).exists() or (named and not named.startswith(PREFIX)):
+        named, adapted = self.model.config.name_or_path, hasattr(self.model, "get_base_model")
+        if not (adapted or divided) or (folder / BASE).exists() or (named and not named.startswith(PREFIX)):
             return
-        bare = copy.deepcopy(self.model).unload()
+        bare = copy.deepcopy(self.model)
+        bare = bare.unload() if adapted else bare
         to_matrices(bare)
         bare.config.name_or_path = str(folder / BASE)
         save_full(bare, self.tokenizer, folder / BASE, verify=False)
@@ -525,7 +647,7 @@ class Trainer:
             "eval": {} if args.eval_steps is None else {"every": args.eval_steps},
             "hardware": {
                 "kind": origin.device if origin.on_host else _kind(self.model),
-                "index": self.model.device.index or 0,
+                "index": _index(self.model, origin),
                 "checkpointing": _checkpointing(args, origin),
             },
             "run": {
@@ -561,6 +683,39 @@ class PantheraMLTPUTrainer(Trainer):
         recipe = super()._as_recipe()
         hardware = {**recipe.hardware.model_dump(exclude_unset=True), **self._tpu.hardware(), "index": 0}
         return recipe.model_copy(update={"hardware": HardwareAsk.model_validate(hardware)})
+
+
+class PantheraMLDistributedTrainer(Trainer):
+    """`Trainer` of the processes that torchrun has started, which it joins when it is made. One process trains alone.
+
+    Args:
+        multi_gpu_config: a `pantheraml.distributed.MultiGPUConfig`; None: as many devices as processes, shared as the plan says.
+        args, more: those of `Trainer`.
+
+    Attributes:
+        state: this process among the others.
+    Raises: as `setup_distributed_training`; RecipeError if the configuration contradicts the other arguments.
+    """
+
+    def __init__(self, *args: Any, multi_gpu_config: MultiGPUConfig | None = None, **more: Any) -> None:
+        from pantheraml.distributed.multi_gpu import MultiGPUConfig, join
+        from pantheraml.hardware.find import find_own
+
+        self.multi_gpu_config = multi_gpu_config or MultiGPUConfig()
+        super().__init__(*args, **more)
+        self.state = join(self.multi_gpu_config, find_own(self.recipe.hardware))
+
+    def _as_recipe(self) -> Recipe:
+        recipe = super()._as_recipe()
+        said, asked = recipe.hardware.model_dump(exclude_unset=True), self.multi_gpu_config.hardware()
+        for name, value in asked.items():
+            if said.get(name, "auto") not in ("auto", value):
+                raise RecipeError(
+                    f"multi_gpu_config asks for hardware.{name}={value}, and the other arguments for {said[name]}",
+                    why="both say how the devices work together, and they contradict each other",
+                    fix="say it once",
+                )
+        return recipe.model_copy(update={"hardware": HardwareAsk.model_validate({**said, **asked})})
 
 
 _BITS = {"nf4": "load_in_4bit", "int8": "load_in_8bit", "fp8": "load_in_fp8"}

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -371,8 +372,14 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Threads that spin while they wait for each other stop a run almost whole when another program wants their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Where a process of several ends, torch prints the calls inside it that led to each lost connection; the error says what is lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
+        if "PANTHERAML_LAUNCHER" in os.environ:
+            from pantheraml.distributed.heartbeat import attend
+
+            attend()
         app(prog_name="pantheraml")
     except PantheraError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -389,6 +396,12 @@ def _working() -> Iterator[None]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    with _interruptible():
+        yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -411,6 +424,12 @@ def _disk(out: str) -> Iterator[None]:
 
 
 def _train(recipe: Recipe, *, resume: bool, as_json: bool) -> None:
+    with _interruptible():
+        from pantheraml.distributed.launch import count_processes
+
+        processes = count_processes(recipe.hardware)
+    if processes > 1:
+        raise typer.Exit(_launch(recipe, processes, resume=resume, as_json=as_json))
     with _working():
         from pantheraml.trainer.run import train as run_recipe
 
@@ -433,6 +452,29 @@ def _train(recipe: Recipe, *, resume: bool, as_json: bool) -> None:
     print(f"\nreport: {folder / 'report.md'}   loss curve: {folder / 'loss.png'}")
     compare = " --compare" if (folder / "adapter").is_dir() else ""
     print(f"next:\n  pantheraml chat {folder}{compare}\n  pantheraml eval {folder}\n  pantheraml export {folder} --to ollama")
+
+
+def _launch(recipe: Recipe, processes: int, *, resume: bool, as_json: bool) -> int:
+    """The same run in several processes, one for each device; its exit code."""
+    from pantheraml.distributed.launch import launch
+    from pantheraml.recipe.load import dump_recipe
+    from pantheraml.trainer.folder import LOGS, choose_folder
+
+    folder = choose_folder(recipe, resume)  # once, so that all processes go to the same one
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": folder.name})})
+    with TemporaryDirectory(prefix="pantheraml-") as passing:
+        asked = Path(passing) / "recipe.yaml"
+        asked.write_text(dump_recipe(recipe), "utf-8")
+        words = [*(["--resume"] if resume else []), *(["--json"] if as_json else [])]
+        return launch(
+            [sys.executable, "-m", "pantheraml", "train", str(asked), *words],
+            processes=processes,
+            folder=folder / LOGS,
+            restarts=recipe.hardware.restarts,
+            hang_s=recipe.hardware.timeout_s,
+            announce=lambda said: _err().print(said, markup=False, highlight=False),
+            environment=os.environ,
+        )
 
 
 def _short(text: str) -> str:

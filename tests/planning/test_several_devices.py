@@ -147,12 +147,12 @@ def test_copies_where_they_fit_and_else_parts(count: int, memory_gib: int, adapt
     assert made.memory.total_bytes <= HEADROOM * memory_gib * GIB
     reason = made.reasons["devices"]
     if "fsdp" in mesh:
-        assert reason.startswith(f"all that are here: {count}: parts of every weight, since with dp {count} training needs")
+        assert reason.startswith(f"all {count} that are here: parts of every weight, since with dp {count} training needs")
         assert f"the device has {memory_gib}.0 GiB free" in reason
         with pytest.raises(DeviceError):
             plan({"devices": "all", "parallel": "ddp"}, LLAMA, h100s(count, memory_gib=memory_gib), adapter=adapter)
     else:
-        assert reason == f"all that are here: {count}: copies of the model, since it fits on each"
+        assert reason == f"all {count} that are here: copies of the model, since it fits on each"
 
 
 def test_products_are_divided_where_parts_of_the_weights_do_not_do() -> None:
@@ -239,24 +239,24 @@ def weights(made: Plan) -> int:
 def test_memory_of_one_device_by_hand() -> None:
     adapters = 4 * LLAMA.lora_parameters(16)
     assert weights(plan({"dp": 8}, LLAMA)) == weights(plan({}, LLAMA)) == 2 * (32 * LAYER + OUTSIDE) + adapters
-    # An eighth of all, and whole two layers and what is outside of them.
+    # An eighth of all, and whole three layers and what is outside of them.
     made = plan({"fsdp": 8}, LLAMA)
-    assert weights(made) == 2 * ((32 * LAYER + OUTSIDE) // 8 + 2 * LAYER + OUTSIDE) + adapters
+    assert weights(made) == 2 * ((32 * LAYER + OUTSIDE) // 8 + 3 * LAYER + OUTSIDE) + adapters
     assert (made.memory.gradients_bytes, made.memory.optimizer_bytes) == (adapters, 2 * adapters)
     # Half of the matrices in the layers; adapters, norms and what is outside are whole.
     products = plan({"tp": 2}, LLAMA)
     assert weights(products) == 2 * (32 * ((LAYER - 2 * 4096) // 2 + 2 * 4096) + OUTSIDE) + adapters
     both = plan({"fsdp": 4, "tp": 2}, LLAMA)
     half = (LAYER - 2 * 4096) // 2 + 2 * 4096
-    assert weights(both) == 2 * ((32 * half + OUTSIDE) // 4 + 2 * half + OUTSIDE) + adapters
+    assert weights(both) == 2 * ((32 * half + OUTSIDE) // 4 + 3 * half + OUTSIDE) + adapters
 
 
 def test_memory_of_a_full_fine_tune_by_hand() -> None:
     made = plan({"fsdp": 8}, LLAMA, adapter="full")
-    part, whole = (32 * LAYER + OUTSIDE) // 8, 2 * LAYER + OUTSIDE
-    assert weights(made) == 4 * (part + whole)
-    # The gradient of the head is with the logits.
-    assert made.memory.gradients_bytes == 4 * (part + whole - 128256 * 4096)
+    part = (32 * LAYER + OUTSIDE) // 8
+    assert weights(made) == 4 * (part + 3 * LAYER + OUTSIDE)
+    # Those of a layer and of what is outside are there before they are scattered. That of the head is with the logits.
+    assert made.memory.gradients_bytes == 4 * (part + LAYER + OUTSIDE - 128256 * 4096)
     assert made.memory.optimizer_bytes == 8 * part
 
 
@@ -271,7 +271,7 @@ def test_memory_in_four_bits_by_hand() -> None:
     adapters = 4 * LLAMA.lora_parameters(16)
     scales = 32 * matrices // 16
     assert weights(alone) == pytest.approx(32 * matrices // 2 + scales + 2 * rest + adapters, abs=16)
-    expected = (32 * matrices // 2 + 2 * rest) // 8 + 2 * (matrices // 2 + 4 * 4096) + 2 * OUTSIDE + scales + adapters
+    expected = (32 * matrices // 2 + 2 * rest) // 8 + 3 * (matrices // 2 + 4 * 4096) + 2 * OUTSIDE + scales + adapters
     assert weights(parts) == pytest.approx(expected, abs=16)
     assert not plan({"fsdp": 8}, LLAMA, model=model, quantizers=("nf4",)).whole  # nothing is kept whole that FSDP gathers
 

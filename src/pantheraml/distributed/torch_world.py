@@ -10,10 +10,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import count
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from pantheraml.distributed.heartbeat import lost_file
 from pantheraml.errors import DeviceError, PantheraError
 from pantheraml.hardware.backend import backend_of
 from pantheraml.hardware.device import Device
@@ -44,6 +46,10 @@ GaveUp = Callable[[int, int, str], PantheraError]
 """The error for a process (its rank, how many there are, why) that goes no further."""
 
 
+class _NoAnswer(RuntimeError):
+    """Of the store."""
+
+
 class TorchWorld:
     """A `World`, see distributed/world.py.
 
@@ -52,7 +58,7 @@ class TorchWorld:
 
     Args:
         store: of words. group: the processes, for tensors of the host; None: the default group.
-        timeout_s: so long all wait for one of them, at most.
+        timeout_s: so long all wait for one of them, at most. lost: where our launcher says who is lost; None: it has not started them.
         keeps_store: it ends with this process. owns_group: nobody else has made the default group, so it is closed at the end.
     """
 
@@ -67,17 +73,21 @@ class TorchWorld:
         group: ProcessGroup | None = None,
         keeps_store: bool = False,
         owns_group: bool = False,
+        lost: Path | None = None,
     ) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
-        self._store, self._gave_up, self._group = store, gave_up, group
+        self._store, self._gave_up, self._group, self._lost = store, gave_up, group, lost
         self._keeps_store, self._owns_group = keeps_store, owns_group
         self._round, self._left, self._over = 0, False, Event()
+        self._deeds: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # One thread for all: at the end of the process, when a world is left, Python makes no new one.
+        Thread(target=_work, args=(self._deeds,), name="words", daemon=True).start()
 
     def gathered(self, text: str) -> list[str]:
         """See `World.gathered`. Raises: DeviceError also if one of them does not come within `timeout_s`."""
         here = self._round
         self._round += 1
-        with self._connected():
+        with self.connected():
             return self._within(self.timeout_s + _SLACK_S, lambda: self._gathered(here, text))
 
     def give_up(self, why: str) -> None:
@@ -97,10 +107,22 @@ class TorchWorld:
             values = tensor.detach().contiguous() if self.rank == 0 else torch.zeros(tensor.shape, dtype=tensor.dtype)
             # As bytes: not every group knows every dtype.
             for piece in values.reshape(-1).view(torch.uint8).split(_MOST_BYTES) if values.numel() else ():
-                with self._connected():
+                with self.connected():
                     dist.broadcast(piece, src=0, group=self._group)
             found[name] = values
         return found
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Within the block, what torch says of a lost connection is an error of a `World`, with the reason if one was given."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_connection(error):
+                raise
+            with suppress(RuntimeError):  # no answer
+                self._within(_SLACK_S, self._listen)
+            raise cut_off(error, self.size) from error
 
     def leave(self) -> None:
         """The end, after which nothing can be said. It is called at the end of the process, if nobody does before."""
@@ -141,7 +163,7 @@ class TorchWorld:
             if now > started + self.timeout_s:
                 raise _not_come([rank for rank in range(self.size) if not self._store.check([f"{here}/{rank}"])], self.size, self.timeout_s)
             if self._over.wait(pause_s):
-                raise RuntimeError("interrupted")
+                raise _NoAnswer("interrupted")
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _say_goodbye(self) -> None:
@@ -151,7 +173,7 @@ class TorchWorld:
             left = self._store.add("left", 0)
 
     def _within(self, limit_s: float, deed: Callable[[], T]) -> T:
-        """What a deed with the store gives. Raises: RuntimeError if it has not ended by then; its thread is left alone."""
+        """What a deed with the store gives. Raises: RuntimeError if it has not ended by then."""
         answers: SimpleQueue[Callable[[], T]] = SimpleQueue()
 
         def run() -> None:
@@ -162,11 +184,11 @@ class TorchWorld:
             else:
                 answers.put(lambda: found)
 
-        Thread(target=run, name="words", daemon=True).start()
+        self._deeds.put(run)
         try:
             answer = answers.get(timeout=limit_s)
         except Empty:
-            raise RuntimeError(f"no answer within {limit_s:.0f} s") from None
+            raise _NoAnswer(f"no answer within {limit_s:.0f} s") from None
         except BaseException:  # an interrupt; it is raised again
             self._over.set()
             raise
@@ -174,21 +196,28 @@ class TorchWorld:
 
     def _listen(self) -> None:
         """Raises: DeviceError if a process has given up."""
-        if self._store.check(["lost"]):
-            rank, _, why = self._store.get("lost").decode().partition(" ")
+        said = ""
+        with suppress(RuntimeError):  # the store is gone, which the next question to it shows
+            said = self._store.get("lost").decode() if self._store.check(["lost"]) else ""
+        with suppress(FileNotFoundError):
+            said = said or (self._lost.read_text("utf-8") if self._lost else "")
+        if said:
+            rank, _, why = said.partition(" ")
             error = self._gave_up(int(rank), self.size, why)
             error.exit_code = ANOTHER_GAVE_UP
             raise error
 
-    @contextmanager
-    def _connected(self) -> Iterator[None]:
-        """Errors of the store and of the groups, as those of a `World`."""
-        try:
-            yield
-        except RuntimeError as error:
-            with suppress(RuntimeError):  # the store may be gone, too
-                self._within(_SLACK_S, self._listen)
-            raise _cut(error, self.size) from error
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    # gloo has no kind of error of its own, but names the file that it comes from.
+    return isinstance(error, dist.DistError | _NoAnswer) or "gloo" in str(error)
+
+
+def _work(deeds: SimpleQueue[Callable[[], None]]) -> NoReturn:
+    while True:
+        deeds.get()()
 
 
 def _raise(error: Exception) -> NoReturn:
@@ -197,8 +226,10 @@ def _raise(error: Exception) -> NoReturn:
 
 _joined: list[TorchWorld] = []
 """The one of this process, once it has joined."""
+_stores: list[Store] = []
+"""That of this process. It stays open when a world is left: others may still read from it, or join again."""
 _joins = count()
-"""torchrun's store keeps what was said in an earlier one."""
+"""A store keeps what was said in an earlier world."""
 
 
 def join_processes(device: Device, announce: Callable[[str], None], gave_up: GaveUp, timeout_s: float) -> TorchWorld:
@@ -230,22 +261,36 @@ def join_processes(device: Device, announce: Callable[[str], None], gave_up: Gav
             fix="install the build of torch for these devices (pytorch.org/get-started), or set hardware.devices to 1",
         )
     patience_s = timeout_s + (_LAUNCHER_FIRST_S if said.logs else 0.0)
-    world = _of_group(gave_up, patience_s) if dist.is_initialized() else _of_environment(said, device, announce, gave_up, patience_s)
+    if dist.is_initialized():
+        world = _of_group(gave_up, patience_s)
+    else:
+        announce(f"Waiting for {said.world_size} processes to meet at {said.address}:{said.port}, for {timeout_s:.0f} s at most.")
+        world = _of_environment(said, device, gave_up, patience_s)
     _joined.append(world)
     atexit.register(world.leave)
     return world
 
 
-def _of_environment(said: Processes, device: Device, announce: Callable[[str], None], gave_up: GaveUp, patience_s: float) -> TorchWorld:
+def leave_processes() -> None:
+    """Those that this process has joined go on without it; see `TorchWorld.leave`. Where it has joined none, nothing happens."""
+    for world in tuple(_joined):
+        world.leave()
+
+
+def _of_environment(said: Processes, device: Device, gave_up: GaveUp, patience_s: float) -> TorchWorld:
     """The processes that torchrun or our launcher has started."""
     import torch.distributed as dist
 
-    announce(f"Waiting for {said.world_size} processes to meet at {said.address}:{said.port}, for {patience_s:.0f} s at most.")
     # torchrun's store outlives an attempt, and where the processes of an earlier one listened must not be read again.
-    store = _part_of(_open_store(said, patience_s), f"pantheraml/{said.attempt}/{said.world_size}/{next(_joins)}")
+    if not _stores:
+        _stores.append(_open_store(said, patience_s))
+    store = _part_of(_stores[0], f"pantheraml/{said.attempt}/{said.world_size}/{next(_joins)}")
     keeps_store = said.rank == 0 and not said.agent_store
     words = _part_of(store, "words")
-    world = TorchWorld(words, said.rank, said.world_size, gave_up, timeout_s=patience_s, keeps_store=keeps_store, owns_group=True)
+    lost = lost_file(said.logs) if said.logs else None
+    world = TorchWorld(
+        words, said.rank, said.world_size, gave_up, timeout_s=patience_s, keeps_store=keeps_store, owns_group=True, lost=lost
+    )
     world.gathered("")  # says who has not come; torch would not
     backend = backend_of(device)
     here, collective = backend.torch_device(device.index), backend.collective
@@ -259,7 +304,7 @@ def _of_environment(said: Processes, device: Device, announce: Callable[[str], N
         )
     except RuntimeError as error:
         world.give_up(str(error))
-        raise _cut(error, said.world_size) from error
+        raise cut_off(error, said.world_size) from error
     return world
 
 
@@ -330,7 +375,8 @@ def _not_come(ranks: list[int], size: int, waited_s: float) -> DeviceError:
     )
 
 
-def _cut(error: RuntimeError, size: int) -> DeviceError:
+def cut_off(error: RuntimeError, size: int) -> DeviceError:
+    """The error for one of torch's that says that a process, or the way to it, is gone."""
     said = str(error).strip().splitlines() or [type(error).__name__]
     broken = DeviceError(
         f"the connection between the {size} processes broke off: {said[0]}",

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.detect import detect
 from pantheraml.hardware.device import Device, Inventory
+from pantheraml.hardware.processes import read_processes
 from pantheraml.hardware.select import select
 from pantheraml.hardware.settings import read_settings
-from pantheraml.recipe.kinds import kinds_meant
+from pantheraml.recipe.kinds import KINDS, kinds_meant
 from pantheraml.recipe.types import HardwareAsk
 
 
@@ -52,3 +53,26 @@ def find(
         here = detect(simulate_tpu=complete.simulate_tpu, named=complete.kind)
         device, why = select(here, complete, by, training=training)
     return Found(device=device, why=why, ask=complete, asked_by=by, inventory=here)
+
+
+def find_own(ask: HardwareAsk | None = None, *, asked_by: str | None = None) -> Found:
+    """`find`, for one of the processes that were started on this machine: each has a GPU of its own, and all share a CPU.
+
+    Args:
+        ask: what the first of them takes; the others take those behind it.
+    Raises: as `find`; DeviceError if there are fewer GPUs than processes.
+    """
+    found, said = find(ask, asked_by=asked_by), read_processes()
+    kind, first = found.device.kind, found.ask.index
+    if said.local_world_size == 1 or KINDS[kind].family != "gpu":
+        return found
+    there = sum(device.kind == kind for device in found.inventory.devices) - first
+    if there < said.local_world_size:
+        behind = f" from {found.device} on" if first else ""
+        raise DeviceError(
+            f"{said.local_world_size} processes were started on this machine, and {there} of kind {kind} answered{behind}",
+            why="each process computes on a device of its own",
+            fix=f"start {there} (torchrun --nproc-per-node {there}); or set hardware.kind to cpu, which they share",
+        )
+    own = found.ask.model_copy(update={"kind": kind, "index": first + said.local_rank})
+    return find(own, inventory=found.inventory, asked_by=found.asked_by)

@@ -7,7 +7,7 @@ with a model runs unless the recipe says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,11 +152,13 @@ def load_model(
     attention: str | None = None,
     quantization: Any = None,
     seed: int = 0,
+    device_map: Mapping[str, torch.device] | None = None,
 ) -> PreTrainedModel:
     """The model on its device, in evaluation mode.
 
     Args:
         dtype: of all its weights. attention: attn_implementation; None: transformers chooses.
+        device_map: where each of its parts lies; None: all of it on the device.
         quantization: a quantization_config of transformers, or None.
         seed: for the weights of a `tiny:` model; nothing else is random here.
     Raises: RecipeError if it cannot be loaded, with the reason.
@@ -176,12 +178,17 @@ def load_model(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(tiny_config(family_of(spec.name)), dtype=torch.float32, **extra)
         model.config.name_or_path = spec.name
-        return model.to(device=device, dtype=dtype).eval()
+        if device_map is None:
+            return model.to(device=device, dtype=dtype).eval()
+        from accelerate import dispatch_model
+
+        dispatch_model(model.to(dtype=dtype), device_map=dict(device_map))
+        return model.eval()
     with _explained(spec):
         model = AutoModelForCausalLM.from_pretrained(
             spec.name,
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": device} if device_map is None else dict(device_map),
             use_safetensors=True,
             quantization_config=quantization,
             **extra,

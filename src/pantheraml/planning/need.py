@@ -10,12 +10,16 @@ from pantheraml.hardware.device import Device
 from pantheraml.planning.base import BYTES_EACH, Dtype, asked_quantizer, base_bytes_each
 from pantheraml.planning.batch import HEADROOM, round_lengths
 from pantheraml.planning.levels import Levels, rungs
-from pantheraml.planning.memory import OPTIMIZER_BYTES, Level, MemoryEstimate, estimate_memory
+from pantheraml.planning.memory import OPTIMIZER_BYTES, Level, MemoryEstimate, estimate_memory, format_bytes
+from pantheraml.planning.parameters import divided, layer_parameters, outer_parameters, part_bytes, stored
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import row_shares
-from pantheraml.planning.traffic import divided, layer_parameters, outer_parameters, part_bytes, stored
 from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.types import LoRA, Recipe
+
+GATHERED_LAYERS = 3
+"""Layers that FSDP2 holds whole at the busiest moment: one computes, from the buffer in which it came, which is still there, and the
+next one comes (torch 2.13; counted in tests/planning/test_traffic.py)."""
 
 
 def fused(recipe: Recipe, shape: ModelShape, device: Device) -> bool:
@@ -74,7 +78,7 @@ def counted(device: Device, devices: int) -> int:
 
 
 def _in_parts(alone: MemoryEstimate, shape: ModelShape, fsdp: int, base_bytes: int | None, quantizer: str | None) -> MemoryEstimate:
-    """With FSDP2: parts of the weights, and whole what it gathers: two layers, the second while the first computes, and what is outside of them.
+    """With FSDP2: parts of the weights, and whole what it gathers (GATHERED_LAYERS, and what is outside of the layers).
 
     Args:
         alone: without it. base_bytes: of a frozen weight; None: every weight trains, and its gradient and moments are in parts, too.
@@ -82,7 +86,8 @@ def _in_parts(alone: MemoryEstimate, shape: ModelShape, fsdp: int, base_bytes: i
     layer = stored(layer_parameters(shape), base_bytes or 4, quantizer)
     outer = stored(outer_parameters(shape), base_bytes or 4)
     parts = shape.layers * part_bytes(layer, fsdp) + part_bytes(outer, fsdp)
-    gathered = fsdp * (min(2, shape.layers) * part_bytes(layer, fsdp) + part_bytes(outer, fsdp))
+    one_layer, outside = fsdp * part_bytes(layer, fsdp), fsdp * part_bytes(outer, fsdp)
+    gathered = min(GATHERED_LAYERS, shape.layers) * one_layer + outside
     if base_bytes is not None:
         whole = shape.layers * part_bytes(layer, 1) + part_bytes(outer, 1)
         # What is no part of them: adapters, and of four bits the scales.
@@ -90,8 +95,18 @@ def _in_parts(alone: MemoryEstimate, shape: ModelShape, fsdp: int, base_bytes: i
     return replace(
         alone,
         weights_bytes=parts + gathered,
-        gradients_bytes=parts + gathered - shape.vocab * shape.hidden * 4,  # the head's is counted with the logits
+        gradients_bytes=parts + one_layer + outside - shape.vocab * shape.hidden * 4,  # the head's is counted with the logits
         optimizer_bytes=alone.optimizer_bytes * parts // alone.weights_bytes,
+    )
+
+
+def memory_said(memory: MemoryEstimate, shape: ModelShape) -> str:
+    """What the memory is for, in one sentence."""
+    return (
+        f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
+        f"optimizer {format_bytes(memory.optimizer_bytes)}, activations {format_bytes(memory.activations_bytes)}, "
+        f"logits {format_bytes(memory.logits_bytes)}, libraries {format_bytes(memory.runtime_bytes)} (an allowance)"
+        + ("" if shape.packs else "; the states of state-space layers are not counted, so expect more")
     )
 
 

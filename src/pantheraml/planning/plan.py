@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pantheraml.errors import DeviceError, PantheraError, RecipeError
-from pantheraml.hardware.catalog import lookup
+from pantheraml.errors import DeviceError
 from pantheraml.hardware.device import Device, Inventory
 from pantheraml.hardware.price import price_of
 from pantheraml.hardware.select import select
-from pantheraml.planning.base import BYTES_EACH, Dtype, base_reason, quantizer_of, whole_bytes
+from pantheraml.planning.base import Dtype, base_reason, quantizer_of, whole_bytes
 from pantheraml.planning.batch import HEADROOM, MicroBatch, choose_micro_tokens, known, shared_rows
 from pantheraml.planning.compile import choose_compile, choose_graphs, recording_bytes
-from pantheraml.planning.cost import FUSED_UTILISATION, UTILISATION, CostEstimate, estimate_cost, format_dollars, format_seconds
+from pantheraml.planning.cost import CostEstimate, estimate_cost, format_dollars, format_seconds
 from pantheraml.planning.levels import Levels, format_levels, rungs
 from pantheraml.planning.memory import RECOMPUTED, MemoryEstimate, format_bytes
-from pantheraml.planning.need import counted, fused, need, remedies
+from pantheraml.planning.need import counted, fused, memory_said, need, remedies
+from pantheraml.planning.processes import exchanged_in_layers, first_that_fits, other_meshes, sending, shares_said, threads_of
 from pantheraml.planning.rows import check_micro_tokens, choose_packing, choose_row_tokens, longest_allowed
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import choose_mesh, format_mesh, process_meshes, row_shares, share_of
-from pantheraml.planning.traffic import Links, StepTime, Traffic, step_time, step_traffic
 from pantheraml.recipe.kinds import KINDS, in_host_memory
 from pantheraml.recipe.types import HardwareAsk, LoRA, Recipe
 
@@ -162,6 +160,7 @@ def make_plan(
     reasons: dict[str, str] = {}
     device, reasons["device"] = select(inventory, recipe.hardware, asked_by)
     xla = KINDS[device.kind].engine == "xla"
+    kernels = fused(recipe, shape, device)
     lora = recipe.adapter if isinstance(recipe.adapter, LoRA) else None
     rank = lora.rank if lora else None
 
@@ -181,7 +180,7 @@ def make_plan(
             inventory,
             shape,
             quantizer=quantizer,
-            kernels=fused(recipe, shape, device),
+            kernels=kernels,
             states="float32" if lora else recipe.optim.states,
             collective=collective,
             processes=processes,
@@ -191,9 +190,9 @@ def make_plan(
     world_size = math.prod(meshes[0].values())
     machines = machines or device.hosts
     here = 1 if xla else math.ceil(world_size / machines)
-    others = [] if xla else _other_meshes(recipe.hardware, world_size, meshes_for)
+    others = [] if xla else other_meshes(recipe.hardware, world_size, meshes_for)
     device = share_of(device, inventory, here) if here > 1 else device
-    threads, reasons["threads"] = _threads(recipe, available_threads, here)
+    threads, reasons["threads"] = threads_of(recipe, available_threads, here)
     max_tokens, reasons["max_tokens"] = longest_allowed(recipe, shape)
     packing, reasons["packing"] = choose_packing(recipe, shape)
     row_tokens, reasons["row_tokens"] = choose_row_tokens(
@@ -225,47 +224,46 @@ def make_plan(
             most_tokens=None if longest_example is None else math.ceil(recipe.batch.size / shares) * min(longest_example, max_tokens),
             peak_flops=device.peak_flops,
             layers=shape.layers,
-            rungs=rungs(device, recipe.hardware.checkpointing, fused=fused(recipe, shape, device)),
-            mixes=fused(recipe, shape, device) or xla,
+            rungs=rungs(device, recipe.hardware.checkpointing, fused=kernels),
+            mixes=kernels or xla,
             asked=None if asked == "auto" else asked,
             remedies=remedies(recipe, shape, device, mesh, dtype, chosen_attention, quantizers, row_tokens[-1], others),
         )
         return shared_rows(micro, row_tokens[-1], sharers, memory_for) if asked == "auto" else micro
 
-    mesh, micro, reasons["devices"] = _first_that_fits(meshes, fit, why_devices)
+    mesh, micro, reasons["devices"] = first_that_fits(meshes, fit, why_devices)
     if not xla and world_size > 1:
-        reasons["devices"] += _idle(recipe, row_shares(mesh)) + (
-            "; they share the cores and the memory of one machine" if in_host_memory(device.kind) and machines == 1 else ""
-        )
+        reasons["devices"] += shares_said(recipe, device, row_shares(mesh), machines)
     reasons["micro_tokens"], reasons["checkpointing"] = micro.reason, micro.levels_reason
-    exchanged = None if xla else _exchanged_in_layers(recipe.hardware, mesh)
+    exchanged = None if xla else exchanged_in_layers(recipe.hardware, mesh)
     compile_layers, reasons["compile"] = (
         (False, exchanged)
         if exchanged
-        else choose_compile(recipe.hardware.compile, device, fused=fused(recipe, shape, device), steps=_steps(recipe, train_rows))
+        else choose_compile(recipe.hardware.compile, device, fused=kernels, steps=_steps(recipe, train_rows))
     )
     lr, reasons["lr"] = _lr(recipe, lora is not None)
 
     price = price_of(device, recipe.hardware.usd_per_hour)
     rented = machines if in_host_memory(device.kind) else world_size
     # The kernels' attention ends where an example ends, the models' own runs over the row.
-    attended = min(row_tokens[-1], math.ceil(mean_tokens)) if fused(recipe, shape, device) else row_tokens[-1]
+    attended = min(row_tokens[-1], math.ceil(mean_tokens)) if kernels else row_tokens[-1]
     peak_flops = device.peak_flops if dtype == device.dtypes[0] else None
     sent, efficiency = "", 1.0
     if not xla and world_size > 1:
-        step_tokens = math.ceil(recipe.batch.size * min(mean_tokens, max_tokens) / row_shares(mesh))
-        traffic = step_traffic(
+        sent, efficiency = sending(
             shape,
             mesh,
-            lora_rank=rank,
-            compute_bytes_each=BYTES_EACH[dtype],
-            levels=micro.levels,
-            tokens=step_tokens,
-            micro_batches=math.ceil(step_tokens / micro.micro_tokens),
+            device,
+            machines,
+            micro,
+            dtype=dtype,
             quantizer=quantizer,
+            tokens=math.ceil(recipe.batch.size * min(mean_tokens, max_tokens) / row_shares(mesh)),
+            row_tokens=attended,
+            lora_rank=rank,
+            kernels=kernels,
+            peak_flops=peak_flops,
         )
-        time = _step_time(shape, traffic, device, machines, micro, step_tokens, attended, rank, fused(recipe, shape, device), peak_flops)
-        sent, efficiency = _sent(traffic, time), time.efficiency if time else 1.0
     cost = estimate_cost(
         shape,
         row_tokens=attended,
@@ -273,7 +271,7 @@ def make_plan(
         lora_rank=rank,
         peak_flops=world_size * peak_flops * efficiency if peak_flops else None,
         total_tokens=_total_tokens(recipe, train_tokens, train_rows),
-        fused=fused(recipe, shape, device),
+        fused=kernels,
         usd_per_hour=None if price.usd_per_hour is None else rented * price.usd_per_hour,
     )
     budget = int((device.free_bytes or 0) * HEADROOM)
@@ -283,7 +281,7 @@ def make_plan(
         else choose_graphs(
             recipe.hardware.graphs,
             device,
-            fused=fused(recipe, shape, device),
+            fused=kernels,
             lora=lora is not None,
             levels=micro.levels,
             compiled=compile_layers,
@@ -296,13 +294,7 @@ def make_plan(
     memory = replace(micro.memory, weights_bytes=micro.memory.weights_bytes + whole)
     if whole:
         reasons["base_dtype"] += f"; {format_bytes(whole)} are free to keep each matrix in {dtype} as well, so that it is made only once"
-    reasons["memory"] = (
-        ("" if xla or world_size == 1 else f"on each of {world_size} devices: ")
-        + f"weights {format_bytes(memory.weights_bytes)}, gradients {format_bytes(memory.gradients_bytes)}, "
-        f"optimizer {format_bytes(memory.optimizer_bytes)}, activations {format_bytes(memory.activations_bytes)}, "
-        f"logits {format_bytes(memory.logits_bytes)}, libraries {format_bytes(memory.runtime_bytes)} (an allowance)"
-        + ("" if shape.packs else "; the states of state-space layers are not counted, so expect more")
-    )
+    reasons["memory"] = ("" if xla or world_size == 1 else f"on each of {world_size} devices: ") + memory_said(memory, shape)
     reasons["speed"] = (
         f"{cost.flops_per_token / 1e9:.2g} GFLOP a token; a first guess from the measured matrix product{sent}"
         if cost.tokens_per_s is not None
@@ -381,106 +373,6 @@ def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers:
             fix=f"set model.attention to {offered[0]}, or auto",
         )
     return asked, "the recipe asks for it"
-
-
-def _other_meshes(
-    ask: HardwareAsk, devices: int, meshes_for: Callable[[HardwareAsk], tuple[list[dict[str, int]], str]]
-) -> list[tuple[str, dict[str, int]]]:
-    """What the recipe could say for another mesh, and the mesh; nothing where it leaves the choice open already."""
-    change = "devices to all" if devices == 1 and ask.devices == "auto" else "parallel to auto" if ask.parallel != "auto" else None
-    if change is None:
-        return []
-    key, _, value = change.split()
-    try:
-        meshes, _ = meshes_for(ask.model_copy(update={key: value}))
-    except PantheraError:  # it could not
-        return []
-    return [(f"set hardware.{change}", mesh) for mesh in meshes if mesh]
-
-
-def _first_that_fits(
-    meshes: list[dict[str, int]], fit: Callable[[dict[str, int]], MicroBatch], why: str
-) -> tuple[dict[str, int], MicroBatch, str]:
-    """The first mesh on which something fits, what, and why. Raises: DeviceError, for the last of them, if nothing does."""
-    since = ""
-    for mesh in meshes:
-        try:
-            micro = fit(mesh)
-        except DeviceError as error:
-            if mesh is meshes[-1]:
-                named = f"with {format_mesh(mesh)}, " if len(meshes) > 1 else ""
-                raise DeviceError(f"{named}{error.what}", why=error.why, fix=error.fix) from error
-            since = f", since with {format_mesh(mesh)} {error.what}"
-        else:
-            kinds = [said for axis, said in _SHARED.items() if mesh.get(axis, 1) > 1]
-            return mesh, micro, why if len(meshes) == 1 else f"{why}: {', and '.join(kinds)}{since or ', since it fits on each'}"
-    raise AssertionError("there is always a mesh")
-
-
-_SHARED = {"dp": "copies of the model", "fsdp": "parts of every weight", "tp": "parts of the products"}
-
-
-def _idle(recipe: Recipe, shares: int) -> str:
-    """Said where a step has fewer examples than processes that want some."""
-    size = recipe.batch.size
-    return f"; a step has {size} examples, so {shares - size} of {shares} shares of it are empty (see batch.size)" if size < shares else ""
-
-
-def _exchanged_in_layers(ask: HardwareAsk, mesh: dict[str, int]) -> str | None:
-    """Why layers are neither compiled nor recorded on a mesh; None: they may be. Raises: RecipeError if that is asked for."""
-    if mesh.get("fsdp", 1) * mesh.get("tp", 1) == 1:
-        return None
-    for name in ("compile", "graphs"):
-        if getattr(ask, name) == "on":
-            raise RecipeError(
-                f"hardware.{name}=on does not go with {format_mesh(mesh)}",
-                why="devices exchange weights or activations in the middle of each layer, which was never compiled or recorded",
-                fix=f"set hardware.{name} to auto, or hardware.parallel to ddp",
-            )
-    return "devices exchange weights or activations in the middle of each layer"
-
-
-def _step_time(
-    shape: ModelShape,
-    traffic: Traffic,
-    device: Device,
-    machines: int,
-    micro: MicroBatch,
-    tokens: int,
-    row_tokens: int,
-    rank: int | None,
-    kernels: bool,
-    peak_flops: float | None,
-) -> StepTime | None:
-    """A step's time, with what is sent; None where nobody knows how fast the devices compute, or send to each other."""
-    entry = lookup(device.kind, device.name, device.memory_bytes)
-    if entry is None or entry.link_bytes_per_s is None or machines > 1 or peak_flops is None:
-        return None
-    return step_time(
-        shape,
-        traffic,
-        Links(devices_each=math.prod(traffic.mesh.values()), inside_bytes_per_s=entry.link_bytes_per_s),
-        tokens=tokens,
-        row_tokens=row_tokens,
-        levels=micro.levels,
-        lora_rank=rank,
-        flops_per_s=peak_flops * (FUSED_UTILISATION if kernels else UTILISATION),
-    )
-
-
-def _sent(traffic: Traffic, time: StepTime | None) -> str:
-    sent = f"; each device sends about {format_bytes(round(traffic.wire_bytes))} a step"
-    if time is None:
-        return f"{sent}, which is not counted, since how fast it does is not known"
-    return f"{sent}, after which {time.efficiency:.0%} of the speed is left"
-
-
-def _threads(recipe: Recipe, available: int | None, here: int) -> tuple[int | None, str]:
-    if recipe.hardware.threads is not None:
-        return recipe.hardware.threads, "the recipe asks for it"
-    if available is not None and here > 1:
-        return max(1, available // here), f"{here} processes share the {available} cores of this machine"
-    return available, "all cores that this process may use" if available is not None else "decided when the backend opens"
 
 
 def _lr(recipe: Recipe, lora: bool) -> tuple[float, str]:

@@ -15,6 +15,7 @@ from pantheraml.planning.plan import Plan, make_plan
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import row_shares
 from pantheraml.planning.traffic import Links, StepTime, Traffic, step_time, step_traffic
+from pantheraml.recipe.kinds import Kind
 from pantheraml.recipe.types import LoRA, Recipe
 
 UTILISATION = 0.4
@@ -75,7 +76,7 @@ def scaling_table(
                     continue
                 line = Predicted(model=shape.name, adapter=adapter, devices=count, tokens_each=tokens_each)
                 hardware = {"dp": count // links.devices_each, "fsdp": links.devices_each} if in_machine else {"devices": count}
-                recipe = _recipe(shape, adapter, hardware, count * tokens_each // row_tokens, row_tokens)
+                recipe = _recipe(shape, adapter, gpu.kind, hardware, count * tokens_each // row_tokens, row_tokens)
                 try:
                     plan = make_plan(
                         recipe,
@@ -112,14 +113,14 @@ def _predicted(
     return replace(line, mesh=plan.mesh, micro_tokens=plan.micro_tokens, traffic=traffic, time=time)
 
 
-def _recipe(shape: ModelShape, adapter: str, hardware: Mapping[str, int], examples: int, row_tokens: int) -> Recipe:
+def _recipe(shape: ModelShape, adapter: str, kind: Kind, hardware: Mapping[str, int], examples: int, row_tokens: int) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"name": shape.name, "max_tokens": row_tokens},
             "data": "rows.jsonl",
             "adapter": adapter,
             "batch": {"size": max(1, examples)},
-            "hardware": {"kind": "cuda", **hardware},
+            "hardware": {"kind": kind, **hardware},
         }
     )
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.hardware.device import Device, Inventory
+from pantheraml.planning.parameters import AS_ONE, KNOWN
 from pantheraml.planning.shape import ModelShape
-from pantheraml.planning.traffic import AS_ONE, KNOWN
 from pantheraml.recipe.kinds import KINDS, in_host_memory
 from pantheraml.recipe.types import HardwareAsk
 
@@ -206,7 +206,9 @@ def _processes(ask: HardwareAsk, device: Device, inventory: Inventory, collectiv
             )
         more = there > 1 and collective is not None
         return 1, f"nothing else is asked for; hardware.devices=all takes all {there}" if more else f"there is one of kind {kind}"
-    return wanted, f"all that are here: {wanted}" if ask.devices == "all" else "the recipe asks for it"
+    if ask.devices == "all":
+        return wanted, f"all {wanted} that are here" if wanted > 1 else f"there is one of kind {kind}"
+    return wanted, "the recipe asks for it"
 
 
 def _check_axes(ask: HardwareAsk) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pantheraml.lazy import homes
 
 if TYPE_CHECKING:
+    from pantheraml.api import PantheraMLDistributedTrainer as PantheraMLDistributedTrainer
     from pantheraml.api import PantheraMLTPUTrainer as PantheraMLTPUTrainer
 
-
-def __getattr__(name: str) -> Any:
-    if name != "PantheraMLTPUTrainer":  # users import it from here; it stands beside Trainer
-        raise AttributeError(f"module 'pantheraml.trainer' has no attribute {name!r}")
-    return import_module("pantheraml.api").PantheraMLTPUTrainer
+# Users import them from here; they stand beside Trainer.
+__getattr__, __dir__ = homes(__name__, {"PantheraMLDistributedTrainer": "pantheraml.api", "PantheraMLTPUTrainer": "pantheraml.api"})

@@ -114,8 +114,7 @@ def rehearse(
     Args:
         held_bytes: what the process held before the model, which the plan does not count. say: hears what it took.
     """
-    devices = 1 if plan.device.simulated else plan.world_size
-    if plan.memory.total_bytes <= TIGHT * devices * (plan.device.free_bytes or 0):
+    if plan.memory.total_bytes <= TIGHT * (plan.room_bytes or 0):
         return
     engine.rehearse(layout(largest(plan)))
     peak = backend.memory(plan.device.index).peak_bytes

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 
+from pantheraml.distributed.torch_world import cut_off
 from pantheraml.distributed.world import Alone, World, open_world, stopping, together, told
 from pantheraml.engines.piece import Piece, Stored
 from pantheraml.errors import DeviceError, PantheraError
-from pantheraml.hardware.find import Found, find
+from pantheraml.hardware.failures import classify
+from pantheraml.hardware.find import Found, find_own
 from pantheraml.hardware.processes import read_processes
 from pantheraml.hardware.tpu import read_tpu_environment
 from pantheraml.planning.plan import Plan
@@ -56,10 +58,11 @@ def opened(recipe: Recipe, *, resume: bool, console: Console) -> Iterator[Opened
     """The run of a recipe, its folder locked. Raises: see `open_folder`, and DeviceError if not all hosts come."""
     found = _found(recipe)
     alone = isinstance(found, DeviceError)
-    timeout_s = 600.0
+    timeout_s = recipe.hardware.timeout_s
     world = Alone() if alone else open_world(found.device, lambda said: console.print(said, markup=False, highlight=False), timeout_s)
     with ExitStack() as stack:
         stack.enter_context(stopping(world))
+        stack.enter_context(_connection_explained(world))
         if world.rank == 0:
             folder, recipe = stack.enter_context(open_folder(recipe, resume=resume))
         else:
@@ -76,15 +79,23 @@ def opened(recipe: Recipe, *, resume: bool, console: Console) -> Iterator[Opened
         yield Opened(folder=folder, kept=kept, recipe=recipe, found=found, world=world, console=console, ended=about["ended"])
 
 
+@contextmanager
+def _connection_explained(world: World) -> Iterator[None]:
+    """Raises: DeviceError in the place of what torch says when it does not reach another process any longer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or classify(error) != "communication":
+            raise
+        raise cut_off(error, world.size) from error
+
+
 def _found(recipe: Recipe) -> Found | DeviceError:
     try:
-        found = find(recipe.hardware)
-        local = read_processes().local_rank
-        if local and KINDS[found.device.kind].family == "gpu":  # each process has one of its own
-            found = find(
-                found.ask.model_copy(update={"kind": found.device.kind, "index": found.ask.index + local}), inventory=found.inventory
-            )
+        found = find_own(recipe.hardware)
     except DeviceError as error:
+        if read_processes().world_size > 1:  # alone, each of them would open the same folder
+            raise
         return error
     hosts = read_tpu_environment().processes
     if found.device.hosts < hosts:
@@ -110,6 +121,18 @@ def agreed(plan: Plan, world: World) -> Plan:
     return replace(first, device=replace(first.device, index=plan.device.index))
 
 
+def check_started(plan: Plan, world: World) -> None:
+    """Raises: DeviceError if the plan is for more processes than somebody has started."""
+    if KINDS[plan.device.kind].engine == "torch" and plan.world_size != world.size:
+        raise DeviceError(
+            f"{plan.world_size} devices are to train together, and {world.size} process{'' if world.size == 1 else 'es'} of the run "
+            f"{'is' if world.size == 1 else 'are'} here",
+            why="each device has a process of its own, which runs the whole script",
+            fix=f"start it with torchrun --nproc-per-node {plan.world_size} SCRIPT.py, or a recipe with pantheraml train; "
+            "or set hardware.devices to 1, and leave parallel, dp, fsdp and tp out",
+        )
+
+
 def check_same(world: World, what: str, said: str) -> None:
     """Raises: PantheraError, on all hosts, if one of them has something else. said: what is wrong with that host."""
     found = world.gathered(blake3.blake3(what.encode()).hexdigest())
@@ -125,6 +148,23 @@ def check_same(world: World, what: str, said: str) -> None:
 def identity(model: Any) -> str:
     """The names, shapes and first values of all weights."""
     return repr([(name, tuple(each.shape), each.detach().flatten()[:8].tolist()) for name, each in model.named_parameters()])
+
+
+def hand_over(world: World, folder: Path) -> None:
+    """The files of a folder of the first process, in the folder of the same name of each other one. For small ones."""
+    import torch
+
+    sizes = told(world, lambda: {place.name: place.stat().st_size for place in sorted(folder.iterdir()) if place.is_file()})
+    for name, size in sizes.items():
+        content = (
+            torch.zeros(size, dtype=torch.uint8)
+            if world.rank
+            else torch.frombuffer(bytearray((folder / name).read_bytes()), dtype=torch.uint8)
+        )
+        given = world.shared({name: content})[name]
+        if world.rank:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(given.numpy().tobytes())
 
 
 def keeping_up(world: World, waited_s: Callable[[], float]) -> Callable[[float], Team]:

@@ -41,7 +41,7 @@ from pantheraml.planning.plan import Plan, make_plan
 from pantheraml.planning.rows import longest_allowed
 from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import format_mesh
-from pantheraml.recipe.kinds import KINDS, in_host_memory
+from pantheraml.recipe.kinds import KINDS, in_host_memory, kind_of
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
@@ -58,7 +58,7 @@ from pantheraml.trainer.fast import (
     whole_matrices,
 )
 from pantheraml.trainer.folder import ADAPTER, BAD_ROWS, BASE, BEFORE, CHECKPOINTS, MODEL, PLAN, fingerprint, learned, write_json
-from pantheraml.trainer.hosts import KeptByFirst, Opened, agreed, check_same, identity, keeping_up, opened
+from pantheraml.trainer.hosts import KeptByFirst, Opened, agreed, check_same, check_started, hand_over, identity, keeping_up, opened
 from pantheraml.trainer.report import monitored, summary, write_report
 from pantheraml.trainer.resume import stored_plan
 from pantheraml.trainer.runs import Run
@@ -108,11 +108,14 @@ def train(
             return Run(folder)
         console.print(f"Run folder: {folder}", markup=False, highlight=False)
         with together(world):
-            if not world.rank:
+            if not world.rank:  # transformers writes nothing in other processes
                 _with_local_base(recipe, folder)
-        local = _with_local_base(recipe, run.kept if (run.kept / BASE).exists() else folder)
+        if recipe.model.name.startswith(TINY):
+            hand_over(world, folder / BASE)
+        local = _with_local_base(recipe, folder)
         view = survey(local, found=run.found, folder=folder, console=console, rows=rows, held_out=held_out, world=world)
         plan = agreed(stored_plan(folder, view.plan, recipe, console) if resume else view.plan, world)
+        check_started(plan, world)
         backend = backend_of(plan.device)
         backend.set_threads(plan.threads)
         import torch
@@ -161,9 +164,9 @@ def survey(
     backend = backend_of(found.device)
     held = backend.memory(found.device.index).used_bytes
     inventory = found.inventory
-    if model is not None:  # what it holds is part of the plan, so it counts as free
-        here = weight_bytes(model)
-        inventory = _with_room(inventory, found.device, here)
+    if model is not None and (found.device.simulated or kind_of(model.device.type) == found.device.kind):
+        here = weight_bytes(model)  # what it holds is part of the plan, so it counts as free
+        inventory = _with_room(inventory, found.device, here, read_processes().local_world_size if world and world.size > 1 else 1)
         held = None if held is None else held - here
     shape = read_shape(recipe.model) if model is None else shape_of(model, recipe.model.name)
     stored = read_config(recipe.model).dtype if model is None else model.config.dtype
@@ -379,10 +382,17 @@ def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
     return replace(plan, packing=False, reasons={**plan.reasons, "packing": why})
 
 
-def _with_room(inventory: Inventory, device: Device, more_bytes: int) -> Inventory:
-    """The same devices, one with so many bytes more free."""
-    roomier = replace(device, free_bytes=None if device.free_bytes is None else device.free_bytes + more_bytes)
-    return replace(inventory, devices=tuple(roomier if each == device else each for each in inventory.devices))
+def _with_room(inventory: Inventory, device: Device, more_bytes: int, processes: int) -> Inventory:
+    """The same devices, those of so many processes with so many bytes more free for each of them."""
+    shared = in_host_memory(device.kind)
+
+    def roomier(each: Device) -> Device:
+        taken = each == device if shared or processes == 1 else each.kind == device.kind
+        if not taken or each.free_bytes is None:
+            return each
+        return replace(each, free_bytes=each.free_bytes + more_bytes * (processes if shared else 1))
+
+    return replace(inventory, devices=tuple(map(roomier, inventory.devices)))
 
 
 def default_console() -> Console:
@@ -425,10 +435,15 @@ def _save(model: Any, view: Survey, folder: Path, *, checkpoints: Checkpoints, s
         return
     import torch
 
-    if divided(view.plan):  # on the host, one tensor after the other
-        model = load_model(_with_local_base(view.recipe, folder).model, dtype=torch.float32, device=torch.empty(0).device)
+    if divided(view.plan):  # on the host, one tensor after the other; a part of a model may have stayed frozen
+        base = folder / BASE
+        spec = view.recipe.model.model_copy(update={"name": str(base)}) if base.exists() else view.recipe.model
+        whole = load_model(spec, dtype=torch.float32, device=torch.empty(0).device)
+        whole.config = model.config  # somebody may have given it more tokens
         stored = checkpoints.load(step).tensors
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.data = read_whole(stored[f"weight/{name}"])
+            for name, parameter in whole.named_parameters():
+                if f"weight/{name}" in stored:
+                    parameter.data = read_whole(stored[f"weight/{name}"])
+        model = whole
     save_full(model, view.tokenizer, folder / MODEL, dtype=getattr(torch, view.stored_dtype), overwrite=True)
