@@ -1,23 +1,47 @@
-"""Several devices: what a step sends, and how fast many GPUs would be.
+"""Several devices: whether they learn the same as one, what a step sends, and how fast many GPUs would be.
 
+    python benchmarks/distributed.py [--quick]
     python benchmarks/distributed.py --paper [--quick]
+
+Without --paper: 20 steps on a small model in 2 and 4 processes of this CPU (gloo), with copies (dp), FSDP2 (fsdp), tensor parallel
+(tp) and both, with LoRA, with every weight, and with LoRA on a base in four bits; packed, in several micro-batches, some examples
+without a label. Each run is compared with one process: the losses must be within 1e-6 of it (relative), what was trained within
+1e-5. Every byte that a process hands to a collective is counted, and must be as many as the formula of docs/distributed.md says.
 
 --paper: for Qwen2.5-0.5B, Llama-3.1-8B and Llama-3.1-70B on 1 to 1024 H100 (eight in a machine), with LoRA and with every
 weight, what the planner would choose, how long a step would take, and which share of the devices' speed is left; with every
 weight also where each machine has a copy of its own, which has to be asked for. Every figure of it is predicted, from formulas
-(docs/distributed.md) and figures of vendors: no GPU takes part. --quick: fewer devices.
+(docs/distributed.md) and figures of vendors: no GPU takes part.
 
-The last line is JSON. The exit status is 1 if a line contradicts itself: more devices that are slower in all than fewer, or a
-share of speed over 1.
+--quick: fewer runs, or fewer devices. The last line is JSON. The exit status is 1 if a run is not as it must be, or a line on
+paper contradicts itself: more devices that are slower in all than fewer, or a share of speed over 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import socket
+import subprocess
 import sys
+import tempfile
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+STEPS = 20
+LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-6, 1e-5
+RATES = {"lora": 1e-3, "nf4": 1e-3, "full": 1e-4}
+"""Learning rates as people take them for each: Adam divides each gradient by its size, so rounding moves a weight in proportion to them."""
+MESHES: tuple[dict[str, int], ...] = ({"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"dp": 4}, {"fsdp": 4}, {"tp": 4}, {"fsdp": 2, "tp": 2})
+RUNS = (
+    *((adapter, mesh, level) for adapter, level in (("lora", "cheap"), ("full", "all")) for mesh in MESHES),
+    *(("nf4", mesh, "cheap") for mesh in MESHES[:2]),
+)
+QUICK_RUNS = (("lora", {"dp": 2}, "cheap"), ("lora", {"tp": 2}, "cheap"), ("full", {"fsdp": 2}, "all"), ("nf4", {"fsdp": 2}, "cheap"))
+PATIENCE_S = 600
 
 DEVICES = (1, 2, 8, 16, 64, 256, 1024)
 QUICK_DEVICES = (1, 8, 1024)
@@ -45,11 +69,102 @@ def main() -> int:
     """Print what was asked for, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="predict, for up to 1024 GPUs; nothing is run")
-    parser.add_argument("--quick", action="store_true", help="fewer numbers of devices")
+    parser.add_argument("--quick", action="store_true", help="fewer runs, or fewer numbers of devices")
+    parser.add_argument("--process", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if not asked.paper:
-        parser.error("say --paper: nothing is measured by this script yet")
-    return paper(quick=asked.quick)
+    if asked.process:
+        from one_process import run
+
+        run(asked.process)
+        return 0
+    return paper(quick=asked.quick) if asked.paper else measured(quick=asked.quick)
+
+
+def measured(*, quick: bool) -> int:
+    """The table of what several processes learn and send, beside one."""
+    lines: list[dict[str, Any]] = []
+    names = (
+        "trained",
+        "mesh",
+        "processes",
+        "losses apart",
+        "weights apart",
+        "bytes of the first process",
+        "by the formula",
+        "collectives",
+        "",
+    )
+    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
+    with tempfile.TemporaryDirectory(prefix="pantheraml-several-") as folder:
+        single: dict[str, Path] = {}
+        for adapter, mesh, level in QUICK_RUNS if quick else RUNS:
+            if adapter not in single:
+                single[adapter] = ran(Path(folder), adapter, {}, level)
+            line = compared(single[adapter], ran(Path(folder), adapter, mesh, level)) | {"adapter": adapter, "mesh": mesh}
+            lines.append(line)
+            axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+            times = ", ".join(f"{count} {kind}" for kind, count in sorted(line["times"].items()))
+            cells = [adapter, axes, str(math.prod(mesh.values())), f"{line['loss']:.1e}", f"{line['weights']:.1e}", f"{line['bytes']:,}"]
+            cells += [f"{line['formula_bytes']:,}", times, "ok" if line["ok"] else "WRONG"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    ok = all(line["ok"] for line in lines)
+    print(json.dumps({"benchmark": "distributed", "paper": False, "ok": ok, "quick": quick, "steps": STEPS, "lines": lines}))
+    return 0 if ok else 1
+
+
+def ran(folder: Path, adapter: str, mesh: dict[str, int], level: str) -> Path:
+    """A folder with what came of a run in as many processes as the mesh has places."""
+    place = folder / f"{adapter}-{'-'.join(f'{axis}{size}' for axis, size in mesh.items()) or 'one'}"
+    place.mkdir()
+    base = folder / "base"
+    if adapter == "nf4" and not base.exists():
+        write_base(base)
+    spec = {"family": "llama", "adapter": adapter, "mesh": mesh, "level": level, "steps": STEPS, "lr": RATES[adapter]}
+    (place / "spec.json").write_text(json.dumps(spec | ({"base": str(base)} if adapter == "nf4" else {})))
+    size = math.prod(mesh.values())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    command = [sys.executable, __file__, "--process", str(place / "spec.json")]
+    logs = [place / f"{rank}.log" for rank in range(size)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("wb") as out:
+                environment = {**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+        codes = [process.wait(timeout=PATIENCE_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        raise SystemExit(
+            f"{place.name}: process {codes.index(max(codes, key=abs))} ended with {max(codes, key=abs)}\n{logs[0].read_text()[-4000:]}"
+        )
+    return place
+
+
+def write_base(base: Path) -> None:
+    """The model of every run, as a folder, which can be read in four bits."""
+    from transformers.utils import logging
+
+    from one_process import Spec, small
+
+    logging.disable_progress_bar()
+    small(Spec(family="llama", adapter="lora", mesh={}, level="cheap", steps=0, lr=0.0)).save_pretrained(base)
+
+
+def compared(one: Path, other: Path) -> dict[str, Any]:
+    """How far a run is from the one in a single process."""
+    from safetensors.torch import load_file
+
+    results = [json.loads((place / "result.json").read_text()) for place in (one, other)]
+    losses = max(abs(a - b) / abs(a) for a, b in zip(*(each["losses"] for each in results), strict=True))
+    here, there = (load_file(place / "weights.safetensors") for place in (one, other))
+    weights = max(float((here[name] - there[name]).abs().max()) for name in here) if here.keys() == there.keys() else math.inf
+    sent, formula = sum(results[1]["bytes"].values()), results[1]["formula_bytes"]
+    ok = losses <= LOSS_TOLERANCE and weights <= WEIGHTS_TOLERANCE and sent == formula > 0
+    return {"loss": losses, "weights": weights, "bytes": sent, "formula_bytes": formula, "times": results[1]["times"], "ok": ok}
 
 
 def paper(*, quick: bool) -> int:

@@ -1,7 +1,5 @@
 """One process of a run that benchmarks/distributed.py measures: 20 steps on a small model, and every byte that it hands to others.
 
-    python benchmarks/one_process.py SPEC.json
-
 torch.distributed is told by the environment which process this is, as torchrun does it. The first one writes what it saw
 beside the specification: result.json, and weights.safetensors with what trained.
 """
@@ -9,7 +7,6 @@ beside the specification: result.json, and weights.safetensors with what trained
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +23,8 @@ from pantheraml.data.pack import StepBatch, pack_step
 from pantheraml.engines.parallel import Parallel
 from pantheraml.engines.piece import Piece
 from pantheraml.engines.torch_engine import TorchEngine
-from pantheraml.hardware.cpu import CpuBackend
-from pantheraml.hardware.device import Inventory
+from pantheraml.hardware.backend import open_backend
+from pantheraml.hardware.detect import detect
 from pantheraml.models.adapters import attach
 from pantheraml.models.decoder import Decoder, decodes
 from pantheraml.models.load import shape_of
@@ -81,9 +78,8 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main() -> int:
-    """Run it."""
-    place = Path(sys.argv[1])
+def run(place: Path) -> None:
+    """Run what stands in a file of JSON, see `Spec`."""
     spec = Spec(**json.loads(place.read_text()))
     alone = not spec.mesh
     torch.set_num_threads(1)
@@ -99,7 +95,7 @@ def main() -> int:
     if decodes(model) is None:
         decoder = Decoder(model, plan.levels, tp=parallel.tp if parallel else None, hooked=bool(parallel and parallel.hooks))
     layout = shared(packed, parallel)
-    engine = TorchEngine(CpuBackend(), parallel=parallel)
+    engine = TorchEngine(open_backend("cpu"), parallel=parallel)
     engine.prepare(model, sft_loss(model, decoder), OptimSpec(weight_decay=0.01), plan, seed=1)
 
     losses: list[float] = []
@@ -118,7 +114,6 @@ def main() -> int:
     if not alone:
         dist.barrier()
         dist.destroy_process_group()
-    return 0
 
 
 def small(spec: Spec) -> Any:
@@ -146,11 +141,8 @@ def planned(spec: Spec, shape: Any) -> Any:
         "adapter": "full" if spec.adapter == "full" else {"kind": "lora", "rank": 4},
         "hardware": {"kind": "cpu"},
     }
-    backend = CpuBackend()
-    (device,) = backend.probe()
-    plan = make_plan(
-        Recipe.model_validate(asked), Inventory(devices=(device,), absent=()), shape, longest_example=ROW, quantizers=backend.quantizers
-    )
+    backend = open_backend("cpu")
+    plan = make_plan(Recipe.model_validate(asked), detect(("cpu",)), shape, longest_example=ROW, quantizers=backend.quantizers)
     return replace(plan, levels=(spec.level,) * shape.layers, compile=False, graphs=False, whole=False)
 
 
@@ -206,7 +198,3 @@ def _size(argument: Any) -> int:
     if isinstance(argument, torch.Tensor):
         return argument.nbytes
     return sum(_size(each) for each in argument) if isinstance(argument, list | tuple) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -213,7 +213,7 @@ class FastLanguageModel:
             seed=seed,
             device_map=_device_map(spec, spread, arithmetic, quantizer) if spread else None,
         )
-        waits = place.type == "cpu" and not in_host_memory(chosen.kind)
+        waits = kind_of(place.type) != chosen.kind
         origin = _Origin(
             spec=spec, max_tokens=max_seq_length, dtype=name, device=chosen.kind, index=chosen.index, on_host=waits, quantizer=quantizer
         )
@@ -541,7 +541,7 @@ class Trainer:
 
         Of several processes each has the same model and rows, and calls this. Afterwards each has the trained model, unless the plan
         divided it (hardware.parallel fsdp or tp): then each has a part, which only what is in the run's folder makes whole. That
-        folder, the first process's, is the one that all of them get.
+        folder is the first process's, and all of them get it, whether they see it or are on another machine.
         Raises: PantheraError, if other processes have other rows or weights, or fewer were started than devices were asked for.
         """
         from pantheraml.distributed.world import together

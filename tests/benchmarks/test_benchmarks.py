@@ -140,3 +140,14 @@ def test_train_gpu_runs_without_one(tmp_path):
         assert mine["losses"] == pytest.approx(results["peft-keep-bf16"]["losses"], rel=5e-3)
         assert mine["peak_bytes"] is None and mine["gpu"] is False
         assert {"tokens_per_s", "useful_tflops", "reserved_bytes", "start_s", "first_step_s", "settings", "versions"} <= mine.keys()
+
+
+@pytest.mark.slow
+def test_distributed(tmp_path):
+    result = last_line(run("distributed.py", "--quick", cwd=tmp_path))
+    assert result["ok"] is True
+    assert [line["adapter"] for line in result["lines"]] == ["lora", "lora", "full", "nf4"]
+    for line in result["lines"]:
+        assert line["loss"] <= 1e-6 and line["weights"] <= 1e-5
+        assert line["bytes"] == line["formula_bytes"] > 0
+    assert not list(tmp_path.iterdir())

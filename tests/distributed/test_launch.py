@@ -113,10 +113,11 @@ def test_one_that_is_killed_ends_the_others_and_is_named_with_its_last_lines(pla
     with pytest.raises(DeviceError) as ended:
         place.launched("""
             def waiting_for_the_other():
+                say("waiting")
                 time.sleep(3600)
 
             if rank == 1:
-                wait_for("pid-0")
+                wait_for("waiting")
                 print("at step 17")
                 os.kill(os.getpid(), signal.SIGKILL)
             waiting_for_the_other()
@@ -152,7 +153,7 @@ def test_the_code_of_who_is_to_blame_is_passed_on(place: Place, first: str, last
             say("gone")
             {first}
         wait_for("gone")
-        time.sleep(0.5)
+        time.sleep(0.2)
         print("error: torn")
         {last}
     """)
@@ -162,7 +163,7 @@ def test_the_code_of_who_is_to_blame_is_passed_on(place: Place, first: str, last
 
 
 def test_what_the_first_one_has_explained_is_not_repeated(place: Place) -> None:
-    assert place.launched("sys.exit(6) if rank == 0 else time.sleep(3600)") == 6
+    assert place.launched("wait_for('pid-1')\nsys.exit(6) if rank == 0 else time.sleep(3600)") == 6
     assert len(place.said) == 1 and place.gone(1)
 
 
@@ -262,7 +263,9 @@ def test_a_hang_is_seen_and_the_stacks_of_all_are_kept(place: Place) -> None:
                 for step in range(3):
                     heart.beat()
                 if rank == 1:
+                    say("stuck")
                     stuck_in_the_third_step()
+                wait_for("stuck")
                 heart.beat()
                 waiting_for_the_other()
             """,
@@ -282,11 +285,11 @@ def test_no_sign_of_life_is_expected_before_the_first_and_while_one_rests(place:
         with open_heartbeat() as heart:
             heart.beat()
             heart.rest()
-            time.sleep(1.5)
+            time.sleep(2.5)
             heart.beat()
         time.sleep(1.5)
         """,
-        hang_s=0.5,
+        hang_s=1.0,
     )
     assert code == 0
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import pantheraml
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLDistributedTrainer, Trainer, TrainingArguments
-from pantheraml.api import _index, _origin
+from pantheraml.api import _index, _Origin, _origin
 from pantheraml.distributed import (
     balanced_device_map,
     cleanup_distributed_training,
@@ -35,7 +36,7 @@ from pantheraml.distributed import (
 )
 from pantheraml.errors import DeviceError, PantheraError, RecipeError
 from pantheraml.hardware.device import Inventory
-from pantheraml.hardware.find import Found, find_own
+from pantheraml.hardware.find import find_own
 from pantheraml.models.load import empty_model, read_config
 from pantheraml.models.tiny import tiny_config
 from pantheraml.recipe.types import HardwareAsk, ModelSpec
@@ -43,7 +44,7 @@ from pantheraml.trainer.run import _with_room
 
 ROOT = Path(__file__).parents[2]
 ROWS = chats(24)
-FAST = {"eval": {"generate_rows": 0}, "hardware": {"threads": 1}}
+FAST = {"data": {"eval_fraction": 0}, "eval": {"generate_rows": 0}, "hardware": {"threads": 1}}
 COPIES: dict[str, Any] = {
     "auto_device_map": False,
     "use_gradient_checkpointing": True,
@@ -70,7 +71,7 @@ def started(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
 
 
 def arguments(folder: Path, name: str, **more: Any) -> TrainingArguments:
-    asked: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "recipe": FAST}
+    asked: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "recipe": FAST}
     return TrainingArguments(output_dir=str(folder), run_name=name, **{**asked, **more})
 
 
@@ -94,7 +95,7 @@ import os
 import sys
 import torch.distributed as dist
 from pathlib import Path
-from tests.distributed.test_multi_gpu_names import COPIES, ROWS, adapted, arguments, nameless
+from tests.distributed.test_multi_gpu_names import COPIES, FAST, ROWS, adapted, arguments, nameless
 from pantheraml import Trainer
 from pantheraml.distributed import get_rank, get_world_size, is_main_process
 from pantheraml.errors import PantheraError
@@ -136,7 +137,7 @@ refused(lambda: Trainer(model, words, ROWS))
 # A Trainer that knows nothing of the others but what its recipe says.
 model = nameless()
 model.requires_grad_(True)
-Trainer(model, words, ROWS, args=arguments(Path("runs"), "parts", recipe={"hardware": {"parallel": "fsdp", "threads": 1}})).train()
+Trainer(model, words, ROWS, args=arguments(Path("runs"), "parts", recipe={**FAST, "hardware": {"parallel": "fsdp", "threads": 1}})).train()
 PantheraMLDistributedTrainer(nameless(), words, ROWS, args=args("frozen"), multi_gpu_config=MultiGPUConfig(parallel="fsdp")).train()
 
 mine = ROWS if state.is_first else ROWS[1:]
@@ -185,7 +186,7 @@ def results(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """In float32 only the order of additions differs."""
+    """In float32 only the order of additions differs; of a gradient that is all rounding AdamW makes steps of up to the rate, here 1e-3."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
@@ -240,7 +241,7 @@ def test_what_two_processes_refuse_is_said(together: tuple[Path, str]) -> None:
         "each process has only a part of this model",
         "host 1 of 2 has read other rows than host 0",
     ):
-        assert said.count(f"refused: {text}") == 2 or text in said, text
+        assert text in said, text
     assert said.count("refused: ") == 2 * 6
 
 
@@ -465,12 +466,23 @@ def test_a_model_is_spread_over_the_gpus_of_one_process(monkeypatch: pytest.Monk
     at(monkeypatch, h100s(2))
     fake = FakeBackend(count=2, memory_bytes=GIB)
     monkeypatch.setattr("pantheraml.hardware.backend.backend_of", lambda device: fake)
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("accelerate.dispatch_model", lambda model, device_map: asked.append(device_map))
     model, _ = FastLanguageModel.from_pretrained("tiny:llama", dtype="float32", use_multi_gpu=True)
-    assert {"model.embed_tokens", "model.layers.0", "model.layers.3", "model.norm", "lm_head"} <= asked[0].keys()
+    assert {"model.embed_tokens", "model.layers.0", "model.layers.3", "model.norm", "lm_head"} <= model.hf_device_map.keys()
     with torch.no_grad():
         row = torch.tensor([[1, 40, 80]])
+        assert torch.equal(model(input_ids=row).logits, plain(input_ids=row).logits)
+    # Weights from a folder are read to where they belong.
+    plain.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    places = model.hf_device_map
+    given: list[Any] = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *name, **said: given.append(said["device_map"]) or load(*name, **said)
+    )
+    model, _ = FastLanguageModel.from_pretrained(str(tmp_path / "model"), dtype="float32", use_multi_gpu=True)
+    assert given == [places]
+    with torch.no_grad():
         assert torch.equal(model(input_ids=row).logits, plain(input_ids=row).logits)
     # What lies on several devices is for answers.
     model = FastLanguageModel.get_peft_model(plain, r=4)
@@ -497,21 +509,21 @@ def test_a_process_without_room_for_the_whole_loads_it_on_the_host(monkeypatch: 
         gpus = tuple(replace(each, free_bytes=free_bytes) for each in h100s(2).devices)
         at(monkeypatch, Inventory(devices=gpus))
         model, _ = FastLanguageModel.from_pretrained("tiny:llama", dtype="float32", use_multi_gpu=True)
-        assert seen[-1] is wanted
-    origin = _origin(model)
-    assert (origin.device, origin.index, origin.on_host) == ("cuda", 1, True)
-    assert _index(model, origin) == 0  # a recipe has that of the first process
+        origin = _origin(model)
+        assert seen[-1] is wanted and (origin.device, origin.index) == ("cuda", 1)
+        assert _index(model, replace(origin, on_host=True)) == 0  # a recipe has that of the first process
 
 
 def test_a_model_must_be_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(1, 1)
     started(monkeypatch, 1, 2)
-    for index in (1, 2):
-        model.device = torch.device("cuda", index)  # pyright: ignore[reportAttributeAccessIssue] - as a model of transformers has it
-        assert _index(model, replace(ORIGIN, device="cuda")) == index - 1
-    model.device = torch.device("cuda", 0)  # pyright: ignore[reportAttributeAccessIssue] - as above
+
+    def index(of: int) -> int:
+        model: Any = SimpleNamespace(device=torch.device("cuda", of))
+        return _index(model, _Origin(spec=TINY))
+
+    assert (index(1), index(2)) == (0, 1)
     with pytest.raises(RecipeError, match="process 1 of this machine has its model on cuda:0"):
-        _index(model, replace(ORIGIN, device="cuda"))
+        index(0)
 
 
 def test_what_all_processes_hold_of_the_model_counts_as_free() -> None:
@@ -528,7 +540,6 @@ def test_what_all_processes_hold_of_the_model_counts_as_free() -> None:
 # ---- Device maps -------------------------------------------------------------------------------------------------
 
 TINY = ModelSpec(name="tiny:llama")
-ORIGIN = _origin(empty_model(TINY, read_config(TINY)))
 
 
 def filled(model: Any, placed: dict[str, int], free_bytes: dict[int, int]) -> list[float]:
@@ -549,22 +560,22 @@ def test_devices_are_filled_to_the_same_share_of_what_is_free(free_bytes: dict[i
     shares = filled(model, placed, free_bytes)
     layer = sum(parameter.numel() * 4 for parameter in model.model.layers[0].parameters())
     even = 3_223_168 / sum(free_bytes.values())
-    # None is further from the mean than one layer is large.
-    assert all(share <= even + layer / size and share <= 0.8 for share, size in zip(shares, free_bytes.values(), strict=True))
+    # As even as whole layers allow: one layer less on the smallest device would do.
+    assert max(shares) <= min(even + layer / min(free_bytes.values()), 0.8)
     order = [placed[f"model.layers.{i}"] for i in range(4)]
     assert order == sorted(order) and placed["model.embed_tokens"] == min(free_bytes)
     # transformers and accelerate know where every weight goes.
     from accelerate.utils import check_device_map
 
-    check_device_map(model, placed)
+    check_device_map(model, {**placed})
 
 
 def test_a_full_device_gets_nothing_and_a_full_machine_is_refused() -> None:
     model = empty_model(TINY, read_config(TINY))
     assert set(balanced_device_map(model, {0: 1000, 1: 10**8}).values()) == {1}
-    with pytest.raises(DeviceError, match=r"the model needs 0\.0 GiB|the model needs 3\.1 MiB") as refused:
+    with pytest.raises(DeviceError, match="the model needs 3 MiB, and on 2 devices 2 MiB are free") as refused:
         balanced_device_map(model, {0: 10**6, 1: 10**6})
-    assert "on 2 devices" in refused.value.what and "80% of that may be filled" in refused.value.why
+    assert "80% of that may be filled" in refused.value.why and "977 KiB on 0, 977 KiB on 1" in refused.value.why
     # As it will be held: in half of the bytes, or with linear layers in four bits.
     assert balanced_device_map(model, {0: 10**6, 1: 2 * 10**6}, bytes_each=2)
     assert balanced_device_map(model, {0: 6 * 10**5, 1: 10**6}, bytes_each=2, linear_bytes_each=0.5625)
@@ -572,14 +583,8 @@ def test_a_full_device_gets_nothing_and_a_full_machine_is_refused() -> None:
 
 def test_a_weight_that_is_shared_lies_in_one_place() -> None:
     spec = ModelSpec(name="tiny:gemma3")
-    model = empty_model(spec, read_config(spec))
+    model: Any = empty_model(spec, read_config(spec))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     placed = balanced_device_map(model, {0: 10**8, 1: 10**8})
     first, last = (next(index for name, index in placed.items() if name.endswith(end)) for end in ("embed_tokens", "lm_head"))
     assert first == last == 0 and 1 in placed.values()
-
-
-def test_found_says_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    at(monkeypatch, laptop())
-    found: Found = find_own(HardwareAsk(kind="cpu"), asked_by="a test")
-    assert found.asked_by == "a test"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.tiny import chats, quiet
 
-from pantheraml.api import FastLanguageModel, TrainingArguments
+from pantheraml.api import FastLanguageModel, PantheraMLDistributedTrainer, Trainer, TrainingArguments
 from pantheraml.distributed import (
     MultiTPUConfig,
     cleanup_multi_tpu,
@@ -50,6 +50,19 @@ def test_the_snippet_trains_on_eight_and_says_that_they_are_simulated(tmp_path: 
     assert (plan["mesh"], plan["world_size"], plan["device"]["simulated"]) == ({"fsdp": 8}, 8, True)
     changed = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
     assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_model_is_loaded_for_the_chips_where_that_is_said(tmp_path: Path) -> None:
+    model, tokenizer = FastLanguageModel.from_pretrained("tiny:llama", max_seq_length=64, use_tpu=True, auto_device_map=True)
+    assert model.device.type == "cpu"  # where it waits
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    trainer = Trainer(model, tokenizer, chats(8), args=TrainingArguments(output_dir=str(tmp_path)))
+    assert (trainer.recipe.hardware.kind, trainer.recipe.hardware.index) == ("tpu", 0)
+    with pytest.raises(RecipeError, match="use_multi_gpu=True and use_tpu=True"):
+        FastLanguageModel.from_pretrained("tiny:llama", use_tpu=True, use_multi_gpu=True)
+    with pytest.raises(RecipeError, match="MultiGPUConfig is not for tpu:0") as refused:
+        PantheraMLDistributedTrainer(model, tokenizer, chats(8), args=TrainingArguments(output_dir=str(tmp_path)))
+    assert "PantheraMLTPUTrainer" in refused.value.fix
 
 
 def test_what_is_set_up_is_told() -> None:

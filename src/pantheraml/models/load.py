@@ -182,7 +182,7 @@ def load_model(
             return model.to(device=device, dtype=dtype).eval()
         from accelerate import dispatch_model
 
-        dispatch_model(model.to(dtype=dtype), device_map=dict(device_map))
+        dispatch_model(model.to(dtype=dtype), device_map=dict(device_map), skip_keys=model._skip_keys_device_placement)
         return model.eval()
     with _explained(spec):
         model = AutoModelForCausalLM.from_pretrained(
