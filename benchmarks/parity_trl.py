@@ -263,7 +263,7 @@ def quiet() -> None:
 
 def check_labels(room: Path, model: str, rows: list[dict[str, str]]) -> int:
     """The number of tokens compared. Raises: SystemExit at the first that differs in token or label."""
-    from pantheraml.trainer.run import survey
+    from pantheraml.trainer.survey import survey
 
     ours = survey(recipe_for(room, model, 1, 1, "labels")).data.train
     theirs = their_trainer(room, model, rows).train_dataset
@@ -337,8 +337,8 @@ def our_racer(room: Path, model: str, timed: int, threads: int) -> Callable[[], 
     from pantheraml.trainer import loop
     from pantheraml.trainer.checkpoint import Checkpoints
     from pantheraml.trainer.fast import decoder_of, layout_of, prepare_kernels
-    from pantheraml.trainer.run import survey
     from pantheraml.trainer.sft import sft_loss
+    from pantheraml.trainer.survey import survey
     from pantheraml.trainer.watch import Watch
 
     total = WARM_UP + timed

@@ -180,7 +180,8 @@ def fine_tune_directly(recipe: dict[str, Any], bits: Any) -> Any:
     from pantheraml.models.quantize import to_eight_bits
     from pantheraml.recipe.load import recipe_from
     from pantheraml.trainer.folder import PLAN, open_folder, write_json
-    from pantheraml.trainer.run import fit, survey
+    from pantheraml.trainer.run import fit
+    from pantheraml.trainer.survey import survey
 
     model = {key: value for key, value in recipe["model"].items() if not key.startswith("load_in_")}
     named = {**recipe["run"], "name": recipe["run"]["name"] + "-directly"}

@@ -21,9 +21,10 @@ from pantheraml.hardware.processes import read_processes
 from pantheraml.recipe.kinds import KINDS, in_host_memory, kind_of
 from pantheraml.recipe.load import load_recipe, recipe_from
 from pantheraml.recipe.types import HardwareAsk, LoRA, ModelSpec, Recipe
-from pantheraml.trainer.run import fit, isolated, survey
+from pantheraml.trainer.run import fit, isolated
 from pantheraml.trainer.run import train as train_recipe
 from pantheraml.trainer.runs import Run
+from pantheraml.trainer.survey import survey
 
 if TYPE_CHECKING:
     import torch

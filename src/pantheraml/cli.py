@@ -502,7 +502,7 @@ def _recipe(words: list[str]) -> Recipe:
 
 def _print_plan(recipe: Recipe, as_json: bool) -> None:
     with _working():
-        from pantheraml.trainer.run import survey
+        from pantheraml.trainer.survey import survey
 
         made = survey(recipe, console=None if as_json else _err()).plan
     if as_json:

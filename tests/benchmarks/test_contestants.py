@@ -50,7 +50,7 @@ def test_all_trainers_read_the_same_tokens(contestants, tmp_path):
     from rich.console import Console
 
     from pantheraml.recipe.load import recipe_from
-    from pantheraml.trainer.run import survey
+    from pantheraml.trainer.survey import survey
 
     contestants.write_weights("tiny", tmp_path / "model")
     for mixed in (False, True):

@@ -40,7 +40,7 @@ from pantheraml.hardware.find import find_own
 from pantheraml.models.load import empty_model, read_config
 from pantheraml.models.tiny import tiny_config
 from pantheraml.recipe.types import HardwareAsk, ModelSpec
-from pantheraml.trainer.run import _with_room
+from pantheraml.trainer.survey import _with_room
 
 ROOT = Path(__file__).parents[2]
 ROWS = chats(24)

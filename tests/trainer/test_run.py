@@ -24,11 +24,12 @@ from pantheraml.models.decoder import Decoder
 from pantheraml.models.tiny import tiny_config, tiny_tokenizer
 from pantheraml.recipe.load import dump_recipe, recipe_from
 from pantheraml.trainer import report
-from pantheraml.trainer import run as run_module
+from pantheraml.trainer import survey as survey_module
 from pantheraml.trainer.evaluate import evaluate
 from pantheraml.trainer.folder import open_folder
-from pantheraml.trainer.run import survey, train
+from pantheraml.trainer.run import train
 from pantheraml.trainer.runs import Run, list_runs
+from pantheraml.trainer.survey import survey
 
 ROWS = chats(40)
 DROPOUT = {"kind": "lora", "rank": 4, "dropout": 0.2}
@@ -406,14 +407,14 @@ def test_a_run_in_which_memory_ran_out_goes_on_with_the_levels_it_came_to(tmp_pa
 
 
 def test_what_a_model_that_is_here_holds_is_free_for_its_plan(tmp_path: Path, data, monkeypatch):
-    real = run_module.find
+    real = survey_module.find
 
     def standing_still(ask):
         found = real(ask)
         device = replace(found.device, free_bytes=8 << 30)
         return replace(found, device=device, inventory=replace(found.inventory, devices=(device,)))
 
-    monkeypatch.setattr(run_module, "find", standing_still)
+    monkeypatch.setattr(survey_module, "find", standing_still)
     recipe, model = tiny_recipe(tmp_path, data), AutoModelForCausalLM.from_config(tiny_config("llama"))
     plans = [survey(recipe).plan, survey(recipe, model=model, tokenizer=tiny_tokenizer()).plan]
     weights = sum(each.numel() for each in model.parameters()) * 4

@@ -11,10 +11,10 @@ from pantheraml.hardware.backend import backend_of
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.recipe.types import Recipe
 from pantheraml.trainer.fast import batches_of, layout_of
-from pantheraml.trainer.run import survey
 from pantheraml.trainer.runs import Loaded
 from pantheraml.trainer.samples import answers, ask, exact_match, with_answers
 from pantheraml.trainer.sft import sft_loss
+from pantheraml.trainer.survey import survey
 
 
 def evaluate(recipe: Recipe, loaded: Loaded) -> dict[str, Any]:

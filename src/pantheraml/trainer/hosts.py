@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 
-from pantheraml.distributed.torch_world import cut_off
+from pantheraml.distributed.torch_world import TorchWorld
 from pantheraml.distributed.world import Alone, World, open_world, stopping, together, told
 from pantheraml.engines.piece import Piece, Stored
 from pantheraml.errors import DeviceError, PantheraError
-from pantheraml.hardware.failures import classify
 from pantheraml.hardware.find import Found, find_own
 from pantheraml.hardware.processes import read_processes
 from pantheraml.hardware.tpu import read_tpu_environment
@@ -62,7 +61,8 @@ def opened(recipe: Recipe, *, resume: bool, console: Console) -> Iterator[Opened
     world = Alone() if alone else open_world(found.device, lambda said: console.print(said, markup=False, highlight=False), timeout_s)
     with ExitStack() as stack:
         stack.enter_context(stopping(world))
-        stack.enter_context(_connection_explained(world))
+        if isinstance(world, TorchWorld):
+            stack.enter_context(world.connected())
         if world.rank == 0:
             folder, recipe = stack.enter_context(open_folder(recipe, resume=resume))
         else:
@@ -77,17 +77,6 @@ def opened(recipe: Recipe, *, resume: bool, console: Console) -> Iterator[Opened
         check_same(world, dump_recipe(recipe.model_copy(update={"run": where})), "was started with another recipe")
         kept = Path(about["kept"])
         yield Opened(folder=folder, kept=kept, recipe=recipe, found=found, world=world, console=console, ended=about["ended"])
-
-
-@contextmanager
-def _connection_explained(world: World) -> Iterator[None]:
-    """Raises: DeviceError in the place of what torch says when it does not reach another process any longer."""
-    try:
-        yield
-    except RuntimeError as error:
-        if world.size == 1 or classify(error) != "communication":
-            raise
-        raise cut_off(error, world.size) from error
 
 
 def _found(recipe: Recipe) -> Found | DeviceError:

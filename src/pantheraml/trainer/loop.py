@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch
 from pantheraml.data.source import Source
+from pantheraml.distributed.heartbeat import Heartbeat
 from pantheraml.engines.engine import Engine, StepMetrics
 from pantheraml.errors import DivergedError, StoppedError
 from pantheraml.hardware.recovery import Recovery
@@ -159,22 +160,25 @@ def run(
     watch: Watch,
     stop: Stop,
     recovery: Recovery | None = None,
+    pulse: Heartbeat | None = None,
 ) -> Position:
     """Train from `position` to the end, and return where it ended.
 
     Args:
         recovery: that of the engine, which stands where the position says, or further on. What it comes to becomes part of the
             position, so that a run which goes on does so alike.
+        pulse: shows a launcher that steps are done; None: nobody looks.
     Raises:
         DivergedError: a loss or gradient was not finite. The weights are those before it, in a checkpoint.
         StoppedError: asked to stop, with a checkpoint saved.
         StorageError, DeviceError: from disk and device.
     """
     pending: list[tuple[StepMetrics, StepRecord, tuple[str, ...]]] = []
-    recovery = recovery or Recovery()
+    recovery, pulse = recovery or Recovery(), pulse or Heartbeat(None, 0)
     clock = time.perf_counter()
 
     def save() -> None:
+        pulse.rest()
         position.parts, position.reliefs, position.recoveries = recovery.parts, recovery.reliefs, list(recovery.said)
         checkpoints.save(position.step, engine.state_dict(), asdict(position), best=position.best_step if rhythm.keep_best else None)
 
@@ -207,6 +211,7 @@ def run(
     def evaluate() -> bool:
         """Measure the held-out loss; true if it is time to stop early."""
         nonlocal clock
+        pulse.rest()
         loss = engine.evaluate(held_out)
         if not math.isfinite(loss):
             raise _diverged_evaluation(position.step, loss)
@@ -231,6 +236,7 @@ def run(
         record = StepRecord(step=k + 1, lr=rate(k), tokens=batch.tokens, labels=batch.label_count)
         pending.append((engine.step(batch, k, record.lr), record, batch.where))
         position.step = done = k + 1
+        pulse.beat()
 
         last = done == rhythm.total
         eval_due = bool(held_out) and (last or _due(done, rhythm.eval))

@@ -20,7 +20,7 @@ from pantheraml.trainer.watch import read_metrics
 
 if TYPE_CHECKING:
     from pantheraml.trainer.loop import Position
-    from pantheraml.trainer.run import Survey
+    from pantheraml.trainer.survey import Survey
 
 REPORT, REPORT_PAGE, PLOT = "report.json", "report.md", "loss.png"
 SHOWN_SAMPLES = 5

@@ -45,7 +45,9 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
     if recipe.batch.micro_tokens != "auto":
         asked["micro_tokens"] = fresh.micro_tokens
     if fresh.mesh != stored.mesh:  # other devices are here, or asked for
-        asked |= {choice: getattr(fresh, choice) for choice in ("mesh", "world_size", "micro_tokens", "levels", "threads", "compile", "graphs")}
+        asked |= {
+            choice: getattr(fresh, choice) for choice in ("mesh", "world_size", "micro_tokens", "levels", "threads", "compile", "graphs")
+        }
     changed = {choice: value for choice, value in asked.items() if getattr(stored, choice) != value}
     following: dict[str, Any] = {}
     if changed.keys() & {"levels", "compile", "micro_tokens"}:  # what a plan makes of them

@@ -10,38 +10,32 @@ train(recipe)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.data.load import BadRows
-from pantheraml.data.prepare import Prepared, Records, prepare
+from pantheraml.data.prepare import Records
+from pantheraml.distributed.heartbeat import open_heartbeat
 from pantheraml.distributed.world import Alone, World, most, together, told
-from pantheraml.engines.adamw import check_installed
 from pantheraml.engines.graphs import Graphs
 from pantheraml.engines.open import loading_device, open_engine, open_parallel
 from pantheraml.engines.piece import read_whole
-from pantheraml.errors import DeviceError, RecipeError
+from pantheraml.errors import RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
-from pantheraml.hardware.cpu import keep_freed_memory, return_freed_memory, usable_cores
-from pantheraml.hardware.device import Device, Inventory
-from pantheraml.hardware.find import Found, find
+from pantheraml.hardware.cpu import keep_freed_memory, return_freed_memory
 from pantheraml.hardware.monitor import Monitor
-from pantheraml.hardware.processes import read_processes
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.adapters import attach
 from pantheraml.models.isolation import keeps_apart
-from pantheraml.models.load import load_model, load_tokenizer, read_config, read_shape, shape_of, weight_bytes
-from pantheraml.models.quantize import available, quantization, to_eight_bits
+from pantheraml.models.load import load_model, load_tokenizer
+from pantheraml.models.quantize import quantization, to_eight_bits
 from pantheraml.models.tiny import PREFIX as TINY
 from pantheraml.planning.levels import rungs
-from pantheraml.planning.plan import Plan, make_plan
-from pantheraml.planning.rows import longest_allowed
-from pantheraml.planning.shape import ModelShape
+from pantheraml.planning.plan import Plan
 from pantheraml.planning.sharding import format_mesh
-from pantheraml.recipe.kinds import KINDS, in_host_memory, kind_of
+from pantheraml.recipe.kinds import KINDS, in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
 from pantheraml.trainer import loop
 from pantheraml.trainer.checkpoint import Checkpoints, Damaged
@@ -64,26 +58,11 @@ from pantheraml.trainer.resume import stored_plan
 from pantheraml.trainer.runs import Run
 from pantheraml.trainer.samples import answers, ask, read_samples, with_answers, write_samples
 from pantheraml.trainer.sft import sft_loss
+from pantheraml.trainer.survey import Survey, survey
 from pantheraml.trainer.watch import Watch, open_reporters
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """Everything that is known before a weight is loaded."""
-
-    recipe: Recipe
-    shape: ModelShape
-    tokenizer: PreTrainedTokenizerBase
-    data: Prepared
-    plan: Plan
-    held_bytes: int | None
-    """What this process held of the device's memory before the model, so that what was measured is what was planned."""
-    stored_dtype: str
-    """Of the weights as their authors store them; a fully trained model is saved in it."""
 
 
 def train(
@@ -134,89 +113,6 @@ def train(
             to_eight_bits(model, plan.quantizer)
         write_json(folder / PLAN, plan.to_dict())
         return fit(replace(view, recipe=recipe, plan=plan), model, backend, folder, console, run)
-
-
-def survey(
-    recipe: Recipe,
-    *,
-    found: Found | DeviceError | None = None,
-    folder: Path | None = None,
-    console: Console | None = None,
-    rows: Records | None = None,
-    held_out: Records | None = None,
-    model: Any = None,
-    tokenizer: Any = None,
-    world: World | None = None,
-) -> Survey:
-    """Look at machine, model and data, and make the plan. Loads no weight.
-
-    Args:
-        found: the device, or why there is none; None: look for it.
-        folder: gets bad_rows.jsonl.
-        rows, held_out: rows from memory. model, tokenizer: those that are here already.
-        world: the processes that train together; None: nobody has started any yet.
-    """
-    check_installed(recipe.optim)
-    if isinstance(found, DeviceError):
-        raise found
-    found = found or find(recipe.hardware)
-    recipe = recipe.model_copy(update={"hardware": found.ask})
-    backend = backend_of(found.device)
-    held = backend.memory(found.device.index).used_bytes
-    inventory = found.inventory
-    if model is not None and (found.device.simulated or kind_of(model.device.type) == found.device.kind):
-        here = weight_bytes(model)  # what it holds is part of the plan, so it counts as free
-        inventory = _with_room(inventory, found.device, here, read_processes().local_world_size if world and world.size > 1 else 1)
-        held = None if held is None else held - here
-    shape = read_shape(recipe.model) if model is None else shape_of(model, recipe.model.name)
-    stored = read_config(recipe.model).dtype if model is None else model.config.dtype
-    tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
-    bad = BadRows(recipe.data.on_bad_row, recipe.data.max_bad_rows)
-    try:
-        data = prepare(
-            recipe.data,
-            tokenizer,
-            bad,
-            max_tokens=longest_allowed(recipe, shape)[0],
-            loss_on=recipe.method.loss_on,
-            seed=recipe.run.seed,
-            questions=recipe.eval.generate_rows,
-            memory_bytes=found.device.free_bytes,
-            train=rows,
-            held_out=held_out,
-        )
-    finally:
-        if folder and bad.rows:
-            bad.write(folder / BAD_ROWS)
-    plan = make_plan(
-        recipe,
-        inventory,
-        shape,
-        train_tokens=int(data.train.lengths.sum()) if data.train is not None else None,
-        train_rows=len(data.train) if data.train is not None else None,
-        longest_example=int(max(data.train.lengths.max(), *data.held_out.lengths, 1)) if data.train is not None else None,
-        attention=backend.attention,
-        quantizers=available(backend.quantizers),
-        available_threads=usable_cores(),
-        asked_by=found.asked_by,
-        collective=backend.collective,
-        **started(world),
-    )
-    if data.train is not None and len(data.train) < recipe.batch.size and recipe.optim.steps:
-        few = f"batch.size={recipe.batch.size} is more than the {len(data.train)} training rows: a step sees rows more than once."
-        data = replace(data, notes=(*data.notes, few))
-    if console:
-        for note in (f"Data: {data.detected.format} ({data.detected.why}).", *data.notes):
-            console.print(note, markup=False, highlight=False)
-    return Survey(
-        recipe=recipe,
-        shape=shape,
-        tokenizer=tokenizer,
-        data=data,
-        plan=plan,
-        held_bytes=held,
-        stored_dtype=str(stored or "float32").removeprefix("torch."),
-    )
 
 
 def fit(view: Survey, model: Any, backend: Backend, folder: Path, console: Console, begun: Opened | None = None) -> Run:
@@ -312,9 +208,9 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
     console.print(f"Training on {where}, in {plan.dtype}.", markup=False, highlight=False)
     rate = loop.schedule(recipe.optim, plan.lr, source.total_steps)
     try:
-        with monitor, made_fast(model, decoder, plan, backend):
+        with monitor, made_fast(model, decoder, plan, backend), open_heartbeat() as pulse:
             rehearse(engine, own_layout, plan, backend, view.held_bytes, watch.say)
-            position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery)
+            position = loop.run(engine, source, layout, held_out, rate, rhythm, position, checkpoints, watch, stop, recovery, pulse)
     finally:
         watch.close()
         if data.bad.rows:  # a stream meets them while training
@@ -382,19 +278,6 @@ def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
     return replace(plan, packing=False, reasons={**plan.reasons, "packing": why})
 
 
-def _with_room(inventory: Inventory, device: Device, more_bytes: int, processes: int) -> Inventory:
-    """The same devices, those of so many processes with so many bytes more free for each of them."""
-    shared = in_host_memory(device.kind)
-
-    def roomier(each: Device) -> Device:
-        taken = each == device if shared or processes == 1 else each.kind == device.kind
-        if not taken or each.free_bytes is None:
-            return each
-        return replace(each, free_bytes=each.free_bytes + more_bytes * (processes if shared else 1))
-
-    return replace(inventory, devices=tuple(map(roomier, inventory.devices)))
-
-
 def default_console() -> Console:
     """Progress goes to standard error, so that results can be piped."""
     from rich.console import Console
@@ -418,14 +301,6 @@ def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
 def divided(plan: Plan) -> bool:
     """Whether each process has a part of the weights only."""
     return max(plan.mesh.get("fsdp", 1), plan.mesh.get("tp", 1)) > 1 and KINDS[plan.device.kind].engine == "torch"
-
-
-def started(world: World | None) -> dict[str, int]:
-    """What a plan is to know of the processes that somebody has started to train together."""
-    said = read_processes()
-    if world is None or not said.launched:
-        return {}
-    return {"processes": world.size, "machines": max(1, world.size // said.local_world_size)}
 
 
 def _save(model: Any, view: Survey, folder: Path, *, checkpoints: Checkpoints, step: int) -> None:
