@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.tiny import chats, losses, tiny_recipe, written
@@ -20,7 +21,7 @@ from pantheraml.recipe.load import dump_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 SOURCES = Path(__file__).parents[2] / "src"
-STEPS, EVERY, TIMEOUT_S, PATIENCE_S = 400, 20, 10, 120
+STEPS, EVERY, TIMEOUT_S, PATIENCE_S = 160, 10, 10, 120
 IP = shutil.which("ip", path="/usr/sbin:/usr/bin:/sbin:/bin")
 FIRST = "10.77.0.1"
 
@@ -124,7 +125,11 @@ def explained(said: str) -> bool:
 
 @pytest.mark.slow
 def test_a_cut_between_two_hosts_ends_both_with_words_and_the_same_command_goes_on(hosts: list[Host]) -> None:
-    sections = {"optim": {"steps": STEPS}, "eval": {"every": STEPS, "generate_rows": 0}, "hardware": {"timeout_s": TIMEOUT_S}}
+    sections: dict[str, Any] = {
+        "optim": {"steps": STEPS},
+        "eval": {"every": STEPS, "generate_rows": 0},
+        "hardware": {"timeout_s": TIMEOUT_S},
+    }
     asked = tiny_recipe(Path("runs"), "rows.jsonl", **sections)
     asked = asked.model_copy(update={"run": asked.run.model_copy(update={"save_every": EVERY, "log_every": EVERY})})
     for host in hosts:

@@ -73,8 +73,10 @@ def check_page(page, monkeypatch, capsys):
             case "shell":  # for other machines
                 for line in text.splitlines():
                     check_command(line, monkeypatch, capsys)
-            case "hosts":  # run by tests/xla/test_hosts.py
-                assert page.name == "tpu.md"
+            case "hosts":  # run by tests/xla/test_hosts.py and tests/distributed/test_two_hosts.py
+                assert page.name in ("tpu.md", "distributed.md")
+            case "bash" | "yml" | "py":  # for schedulers; tried by tests/distributed/test_templates.py
+                assert page.name == "distributed.md"
             case "console":
                 command, _, expected = text.removeprefix("$ ").partition("\n")
                 code, said = run(command, monkeypatch, capsys)

@@ -216,7 +216,9 @@ class HardwareAsk(_Part):
         description="How often all local processes are started again, from the last checkpoint, after one has crashed or hung.",
     )
     timeout_s: float = Field(
-        default=600.0, gt=0, description="Seconds without a sign of one of several processes until the run is ended, with the stacks of all."
+        default=600.0,
+        gt=0,
+        description="Seconds without a sign of one of several processes until the run is ended, with the stacks of all.",
     )
     usd_per_hour: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="What an hour of the device costs, in US dollars. Default: the catalog's price, where it has one."
