@@ -108,8 +108,7 @@ class Parallel:
 
         mesh = DeviceMesh.from_group(self._groups["fsdp",], self._device.type)
         to_plain_bytes(model)
-        layers = max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
-        for module in (*layers, causal_model(model)):
+        for module in (*_layers(model), causal_model(model)):
             sharded: Any = fully_shard(module, mesh=mesh, ignored_params=whole)
             # The sum of the losses is divided by the labels of all processes before, so gradients are summed.
             sharded.set_gradient_divide_factor(1.0)
@@ -192,3 +191,10 @@ class Parallel:
             offsets[dim] += self._at[2] * shape[dim]
             shape[dim] *= self._sizes[2]
         return tuple(shape), tuple(offsets)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a model: the longest of its lists that lie in no other one."""
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
+    outer = [each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=len)

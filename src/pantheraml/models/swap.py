@@ -40,8 +40,10 @@ def swapped(model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | No
 
 def called(module: Any, compute: Callable[..., Any], *arguments: Any) -> Any:
     """compute(*arguments) in the place of the module's forward, so that its hooks run around it."""
+    from torch import nn
+
     module.forward = compute
     try:
-        return module(*arguments)
+        return nn.Module.__call__(module, *arguments)  # transformers' layers would compute it a second time when they are called
     finally:
         del module.forward
