@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -95,3 +96,38 @@ def test_a_base_in_eight_bits_goes_with_copies_and_is_refused_in_parts(tmp_path:
         check=False,
     )
     assert done.returncode and "int8" in done.stderr and "fix:" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_those_that_are_measured_at_the_end(tmp_path: Path) -> None:
+    """FSDP keeps what it has brought after an evaluation; the weights of the best step must come in their place."""
+    rows = written(tmp_path / "rows.jsonl", chats(40))
+    # A rate at which the last evaluation is worse than one before it.
+    optim = {"steps": ALL, "lr": 5e-2, "schedule": "constant"}
+    sections = {
+        "eval": {"every": 1, "generate_rows": 1},
+        "run": {"save_every": 1, "keep": ALL},
+        "hardware": {"devices": 2, "parallel": "fsdp"},
+    }
+    recipe = tiny_recipe(tmp_path, rows, adapter={"kind": "full"}, optim=optim, **sections)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    trained(tmp_path / "recipe.yaml", "train")
+    measured = losses(tmp_path / "run", "eval_loss")
+    assert min(measured) < measured[-1] - 0.01
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["eval"]["loss_after"] == pytest.approx(min(measured), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_model_that_keeps_its_own_head_is_divided_as_well(tmp_path: Path) -> None:
+    """An adapter on the head: the loss comes from the model's own forward, and PEFT would save a head that no process has."""
+    rows = written(tmp_path / "rows.jsonl", chats(40))
+    adapter = {"kind": "lora", "rank": 4, "targets": ["lm_head", "q_proj"]}
+    for name, hardware in (("one", {}), ("two", {"devices": 2, "parallel": "fsdp"})):
+        recipe = tiny_recipe(tmp_path, rows, adapter=adapter, eval={"generate_rows": 0}, run={"name": name}, hardware=hardware)
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+        trained(tmp_path / "recipe.yaml", "train")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    adapters = {name: value for name, value in one.items() if "lora_" in name}
+    assert largest(adapters, two) < 1e-5

@@ -175,7 +175,7 @@ def share_step(
     own = packed[rank]
     micro = () if own is None else own.micro
     model = next(each for each in packed if each is not None).micro[-1]
-    if in_step:
+    if in_step or not any(each.label_count for each in micro):
         micro = tuple(each if each.label_count else _filler(each) for each in micro)
     missing = (most if in_step else 1) - len(micro)
     return StepBatch(

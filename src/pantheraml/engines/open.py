@@ -44,11 +44,11 @@ def open_engine(
     return XlaEngine(open_mesh(plan.mesh, simulate=plan.device.simulated, cache=read_settings().cache), recovery, allowed)
 
 
-def open_parallel(backend: Backend, plan: Plan, world: World) -> Parallel | None:
-    """This process's place among those that train by torch; None: it does so alone."""
+def open_parallel(backend: Backend, plan: Plan, world: World, timeout_s: float) -> Parallel | None:
+    """This process's place among those that train by torch; None: it does so alone. timeout_s: how long they wait for each other."""
     if world.size == 1 or backend.engine != "torch":
         return None
-    return Parallel(plan.mesh, backend.torch_device(plan.device.index))
+    return Parallel(plan.mesh, backend.torch_device(plan.device.index), timeout_s)
 
 
 def loading_device(backend: Backend, index: int, *, divided: bool = False) -> torch.device:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Parallel:
     torch.distributed is ready, with as many processes as the mesh has places.
 
     Args:
-        mesh: axis -> processes. device: of this process.
+        mesh: axis -> processes. device: of this process. timeout_s: how long processes wait for each other.
 
     Attributes:
         tp: those with which it shares products; None: none.
@@ -46,7 +47,8 @@ class Parallel:
         sums: what this process adds up with others; not what FSDP sends.
     """
 
-    def __init__(self, mesh: Mapping[str, int], device: torch.device) -> None:
+    def __init__(self, mesh: Mapping[str, int], device: torch.device, timeout_s: float = 600.0) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
         self._sizes = [mesh.get(axis, 1) for axis in AXES]
         self._device, self._rank, self.sums = device, dist.get_rank(), Sums(device)
         if math.prod(self._sizes) != dist.get_world_size():
@@ -79,7 +81,7 @@ class Parallel:
             along.setdefault(tuple(at for i, at in enumerate(self._place(rank)) if i not in where), []).append(rank)
         if len(next(iter(along.values()))) == 1:
             return None
-        mine, _ = dist.new_subgroups_by_enumeration(list(along.values()))
+        mine, _ = dist.new_subgroups_by_enumeration(list(along.values()), timeout=self._timeout)
         return mine
 
     # ---- The model -----------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ class Parallel:
         from torch.distributed.fsdp import fully_shard
 
         mesh = DeviceMesh.from_group(self._groups["fsdp",], self._device.type)
-        to_plain_bytes(model)
+        to_plain_bytes(model, self._device)
         for module in (*_layers(model), causal_model(model)):
             sharded: Any = fully_shard(module, mesh=mesh, ignored_params=whole)
             # The sum of the losses is divided by the labels of all processes before, so gradients are summed.
@@ -165,6 +167,11 @@ class Parallel:
     def within(self, loss: LossFn) -> LossFn:
         """The same loss, as FSDP's hooks need it: around the whole of it they bring what belongs to no layer."""
         return loss if not self.hooks else lambda model, batch: called(causal_model(model), loss, model, batch)
+
+    def settle(self, model: Any) -> None:
+        """After the model was used without a backward, at whose end FSDP would let go of what it had brought: weights may change now."""
+        if self.hooks:
+            causal_model(model).reshard()
 
     def answering(self, model: Any) -> AbstractContextManager[Any]:
         """Within the block the model's own forward computes with the parts that are here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import blake3
@@ -177,6 +177,8 @@ class TorchEngine:
                     total = self._parallel.total(total)
         finally:
             self._model.train(was_training)
+            if self._parallel is not None:
+                self._parallel.settle(self._model)
         return float(total) / max(1, labels)
 
     def _loss_of(self, micro: MicroBatch) -> Tensor:
@@ -189,8 +191,12 @@ class TorchEngine:
 
     def generate(self, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
         """See `Engine.generate`."""
-        with nullcontext() if self._parallel is None else self._parallel.answering(self._model):
+        if self._parallel is None:
             return generate(self._model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        with self._parallel.answering(self._model):
+            answers = generate(self._model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        self._parallel.settle(self._model)
+        return answers
 
     def state_dict(self) -> State:
         """See `Engine.state_dict`. Names: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` after the first step."""

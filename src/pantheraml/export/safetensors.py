@@ -104,10 +104,14 @@ def not_written(out: Path, error: Exception) -> StorageError:
     )
 
 
-def save_adapter(model: Any, tokenizer: Any, out: Path, *, overwrite: bool = False) -> Path:
-    """Write the adapter of a PEFT model, with its tokenizer and chat template, for stock `PeftModel.from_pretrained`."""
+def save_adapter(model: Any, tokenizer: Any, out: Path, *, overwrite: bool = False, divided: bool = False) -> Path:
+    """Write the adapter of a PEFT model, with its tokenizer and chat template, for stock `PeftModel.from_pretrained`.
+
+    Args:
+        divided: the base is not here as a whole. PEFT would add its embeddings to an adapter of theirs; they are those of the base on disk.
+    """
     with atomic_folder(out, overwrite=overwrite) as folder, _safetensors_errors(out):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=False if divided else "auto")
         tokenizer.save_pretrained(folder)
     return out
 

@@ -109,11 +109,16 @@ class FourBitLinear(nn.Module):
         return linear(rows, Projection(None, self.bias, base=self.kernel_base)).view(*x.shape[:-1], self.out_features)
 
 
-def to_plain_bytes(model: Any) -> None:
-    """Every layer in four bits into a `FourBitLinear`. FSDP knows nothing of the kind of tensor that bitsandbytes keeps."""
+def to_plain_bytes(model: Any, device: torch.device) -> None:
+    """Every layer in four bits into a `FourBitLinear`. FSDP knows nothing of the kind of tensor that bitsandbytes keeps.
+
+    Args:
+        device: where FSDP will bring the bytes; the scales by which they are read go there now.
+    """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if not hasattr(layer, "base_layer") and getattr(getattr(layer, "weight", None), "quant_state", None) is not None:
+                layer.weight.quant_state.to(device)
                 setattr(parent, name, FourBitLinear(layer))
 
 

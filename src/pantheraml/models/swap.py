@@ -39,11 +39,15 @@ def swapped(model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | No
 
 
 def called(module: Any, compute: Callable[..., Any], *arguments: Any) -> Any:
-    """compute(*arguments) in the place of the module's forward, so that its hooks run around it."""
+    """compute(*arguments) in the place of the module's forward, so that its hooks run around it; within, the forward is its own again."""
     from torch import nn
 
-    module.forward = compute
+    def run(*given: Any) -> Any:
+        del module.forward
+        return compute(*given)
+
+    module.forward = run
     try:
         return nn.Module.__call__(module, *arguments)  # transformers' layers would compute it a second time when they are called
     finally:
-        del module.forward
+        vars(module).pop("forward", None)

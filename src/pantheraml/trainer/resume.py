@@ -50,7 +50,7 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
         }
     changed = {choice: value for choice, value in asked.items() if getattr(stored, choice) != value}
     following: dict[str, Any] = {}
-    if changed.keys() & {"levels", "compile", "micro_tokens"}:  # what a plan makes of them
+    if changed.keys() & {"mesh", "levels", "compile", "micro_tokens"}:  # what a plan makes of them
         following = {"graphs": fresh.graphs, "whole": fresh.whole, "memory": fresh.memory}
     if changed:
         said = ", ".join(f"{choice}={format_levels(value) if choice == 'levels' else value}" for choice, value in changed.items())
@@ -64,7 +64,7 @@ def stored_plan(folder: Path, fresh: Plan, recipe: Recipe, console: Console) -> 
         **(following | changed),
         reasons={
             **stored.reasons,
-            **{choice: fresh.reasons[choice] for choice in ("graphs", "base_dtype", "memory") if following},
+            **{choice: fresh.reasons[choice] for choice in ("devices", "graphs", "base_dtype", "memory") if following},
             **dict.fromkeys(changed, "asked for when the run was resumed"),
         },
     )

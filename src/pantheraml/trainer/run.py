@@ -137,7 +137,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
         held = [example.tokens.tobytes() for example in data.held_out]
         check_same(world, repr((source.fingerprint, held, data.questions)), "has read other rows")
         check_same(world, identity(model), "has loaded other weights")
-    parallel = open_parallel(backend, plan, world)
+    parallel = open_parallel(backend, plan, world, recipe.hardware.timeout_s)
     decoder = decoder_of(model, plan, recipe, backend, parallel)
     own_layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
     layout = shared(own_layout, parallel)
@@ -178,6 +178,8 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
     position = loop.Position()
     if found:
         position = loop.Position(**{key: value for key, value in found.state.items() if key in loop.Position.__slots__})
+        if parallel and parallel.in_step:  # parts of a micro-batch would be as many as each process's own examples allow
+            position.parts = 1
         engine.load_state_dict(found.tensors)
         recovery.restore(position.parts, position.recoveries, position.reliefs)
         for _ in range(position.reliefs):
@@ -306,7 +308,7 @@ def divided(plan: Plan) -> bool:
 def _save(model: Any, view: Survey, folder: Path, *, checkpoints: Checkpoints, step: int) -> None:
     """The results. checkpoints: hold the weights of this step, of which a process may have a part only."""
     if isinstance(view.recipe.adapter, LoRA):
-        save_adapter(model, view.tokenizer, folder / ADAPTER, overwrite=True)
+        save_adapter(model, view.tokenizer, folder / ADAPTER, overwrite=True, divided=divided(view.plan))
         return
     import torch
 
