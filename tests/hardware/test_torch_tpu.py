@@ -15,7 +15,7 @@ import pytest
 import torch
 from tests.fakes import FakeBackend, fake_device, laptop
 
-from pantheraml.api import _kind, _Origin
+from pantheraml.api import _kind
 from pantheraml.engines.open import loading_device, open_engine
 from pantheraml.engines.torch_engine import TorchEngine
 from pantheraml.errors import DeviceError, RecipeError
@@ -35,7 +35,7 @@ from pantheraml.planning.plan import make_plan
 from pantheraml.planning.sharding import mesh_axes
 from pantheraml.recipe.kinds import KINDS, kind_of, kinds_meant, torch_type
 from pantheraml.recipe.load import recipe_from
-from pantheraml.recipe.types import HardwareAsk, ModelSpec
+from pantheraml.recipe.types import HardwareAsk
 
 GIB = 1 << 30
 ELSEWHERE = pytest.mark.skipif(torch.accelerator.is_available(), reason="torch has an accelerator")
@@ -264,8 +264,8 @@ def test_the_accelerator_of_torch_that_is_called_tpu_is_this_one(registered: Non
 def test_a_model_is_on_the_device_itself_and_not_on_the_host() -> None:
     there = SimpleNamespace(device=SimpleNamespace(type="tpu"))
     assert _kind(there) == "torch_tpu"
-    assert not _Origin(spec=ModelSpec(name="tiny:llama"), device="torch_tpu").on_host
-    assert _Origin(spec=ModelSpec(name="tiny:llama"), device="tpu").on_host
+    assert kind_of(there.device.type) == "torch_tpu"  # so it does not wait elsewhere for its device
+    assert kind_of(loading_device(open_backend("tpu"), 0).type) == "cpu"  # as it does for JAX
     assert loading_device(OnTheCpu(), 0) == torch.device("cpu")
 
 

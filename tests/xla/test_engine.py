@@ -263,15 +263,23 @@ def test_weights_come_from_their_file_part_by_part(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=8192, num_hidden_layers=12, **sizes)).bfloat16().save_pretrained(tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 100 << 20
-    before = own_bytes()
-    model = load_model(ModelSpec(name=str(tmp_path)), dtype=torch.bfloat16, device=torch.device("cpu"))
-    loaded = own_bytes()
-    assert loaded - before < size / 5  # the host holds none of them
-    engine = xla(fsdp=4)
     asked = {"model": {"name": "here", "max_tokens": 32}, "data": "rows", "hardware": {"kind": "tpu", "devices": 4, "simulate_tpu": True}}
-    plan = make_plan(Recipe.model_validate(asked), detect(["tpu"], simulate_tpu=True), shape_of(model, "here"), longest_example=32)
-    model = attach(model, LoRA(rank=4), seed=1)
-    engine.prepare(model, sft_loss(model), OPTIM, plan, seed=1)
+
+    def taken(folder: Path) -> tuple[XlaEngine, int, int]:
+        """The engine with the model of a folder in it, and what the process had before and after that was loaded."""
+        before = own_bytes()
+        model = load_model(ModelSpec(name=str(folder)), dtype=torch.bfloat16, device=torch.device("cpu"))
+        loaded = own_bytes()
+        plan = make_plan(Recipe.model_validate(asked), detect(["tpu"], simulate_tpu=True), shape_of(model, "here"), longest_example=32)
+        model, engine = attach(model, LoRA(rank=4), seed=1), xla(fsdp=4)
+        engine.prepare(model, sft_loss(model), OPTIM, plan, seed=1)
+        return engine, before, loaded
+
+    small = tmp_path / "small"
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes)).bfloat16().save_pretrained(small)
+    taken(small)  # what it imports, and what JAX starts, is no model's
+    engine, before, loaded = taken(tmp_path)
+    assert loaded - before < size / 5  # the host holds none of them
     arrays = sum(array.nbytes for array in jax.tree.leaves(engine.arrays))
     assert arrays > size
     assert own_bytes() - loaded < arrays + size / 4  # the devices do, which are this process here

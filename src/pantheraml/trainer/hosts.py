@@ -140,7 +140,12 @@ def identity(model: Any) -> str:
 
 
 def hand_over(world: World, folder: Path) -> None:
-    """The files of a folder of the first process, in the folder of the same name of each other one. For small ones."""
+    """The files of a small folder of the first process, in the folder of the same name of each other one.
+
+    Hosts of a TPU make it each for themselves: JAX must not start before the run has said how many devices there are.
+    """
+    if not isinstance(world, TorchWorld):
+        return
     import torch
 
     sizes = told(world, lambda: {place.name: place.stat().st_size for place in sorted(folder.iterdir()) if place.is_file()})
