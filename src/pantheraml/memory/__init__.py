@@ -1,0 +1,1 @@
+"""NBMF: records kept small, searchable and trustworthy, encoded on the device."""
