@@ -23,6 +23,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 """In the order of their numbers in a container."""
 DEEPEST = 100
 """Levels of lists and objects in a JSON record."""
+LONGEST_INT = 14_000
+"""Bits of a whole number in a JSON record; Python refuses to write or read more than 4,300 digits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,13 @@ def to_bytes(content: Content) -> tuple[Form, bytes]:
         return "text", content.encode("utf-8", "surrogatepass")
     if isinstance(content, bytes | bytearray | memoryview):
         return "bytes", bytes(content)
-    _check_json(content, "content", 0)
+    if fault := _not_json(content, 0):
+        where, what, why = fault
+        raise DataError(
+            f"content{where if len(where) < 80 else where[:80] + '...'} {what}",
+            why=why,
+            fix="give text, bytes, or lists, objects, text, numbers, true, false and null",
+        )
     return "json", json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
@@ -142,25 +150,23 @@ def content_hash(form: Form, data: bytes) -> bytes:
     return blake3.blake3(bytes((FORMS.index(form),)) + data).digest()
 
 
-def _check_json(value: Any, where: str, depth: int) -> None:
-    if depth > DEEPEST:
-        raise _not_json(f"{where[:80]}... is more than {DEEPEST} levels deep", "readers of JSON give up at some depth")
-    if value is None or isinstance(value, bool | int | str):
-        return
+def _not_json(value: Any, depth: int) -> tuple[str, str, str] | None:
+    """Where in a value something stands that JSON cannot say, what it is, and why it matters; None: nowhere."""
+    if value is None or isinstance(value, bool | str):
+        return None
+    if isinstance(value, int):
+        long = value.bit_length() > LONGEST_INT
+        return ("", f"is a number of {value.bit_length():,} bits", "Python reads numbers of about 4,300 digits at most") if long else None
     if isinstance(value, float):
-        if not math.isfinite(value):
-            raise _not_json(f"{where} is {value}", "JSON has no such number")
-    elif isinstance(value, list):
-        for i, each in enumerate(value):
-            _check_json(each, f"{where}[{i}]", depth + 1)
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            if not isinstance(name, str):
-                raise _not_json(f"{where} has the key {name!r}", "keys of JSON are text, and it would come back as such")
-            _check_json(each, f"{where}.{name}", depth + 1)
-    else:
-        raise _not_json(f"{where} is a {type(value).__name__}", "it would not come back as what it is")
-
-
-def _not_json(what: str, why: str) -> DataError:
-    return DataError(what, why=why, fix="give text, bytes, or lists, objects, text, numbers, true, false and null")
+        return None if math.isfinite(value) else ("", f"is {value}", "JSON has no such number")
+    if not isinstance(value, list | dict):
+        return "", f"is a {type(value).__name__}", "it would not come back as what it is"
+    if depth == DEEPEST:
+        return "", f"is more than {DEEPEST} levels deep", "readers of JSON give up at some depth"
+    for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(value, dict) and not isinstance(name, str):
+            return "", f"has the key {name!r}", "keys of JSON are text, and it would come back as such"
+        if fault := _not_json(each, depth + 1):
+            where, what, why = fault
+            return f".{name}{where}" if isinstance(value, dict) else f"[{name}]{where}", what, why
+    return None
