@@ -81,22 +81,25 @@ class _Seen:
         there, after, done = np.zeros(len(self.ids), bool), 0, 0
         while blobs := connection.execute(f"SELECT id, row FROM records WHERE id>? ORDER BY id LIMIT {_SOME}", (after,)).fetchall():
             after, done = blobs[-1][0], done + len(blobs)
-            wanted = np.searchsorted(self.ids, np.array([id for id, _ in blobs])).tolist()
+            ids = np.array([id for id, _ in blobs])
+            at = np.minimum(np.searchsorted(self.ids, ids), max(len(self.ids) - 1, 0))
+            known = (self.ids[at] == ids).tolist() if len(self.ids) else [False] * len(ids)
+            there[at[known]] = True
+            said = (seqs[at].tolist(), changes["key"][at].tolist(), changes["content"][at].tobytes()) if len(self.ids) else ([], [], b"")
             places: list[tuple[int, int]] = []
-            for each, i in zip(blobs, wanted, strict=True):
-                known = i < len(self.ids) and int(self.ids[i]) == each[0]
-                if known:
-                    there[i] = True
+            for i, each in enumerate(blobs):
                 try:
                     (row,) = unpack([each])
                 except StorageError as error:
                     yield Problem(DB, f"record {each[0]}", error.what)
                     continue
                 key, content = marks.key(row.tenant, row.key), marks.content(row.tenant, row.hash)
-                if not known:
+                if not known[i]:
                     yield Problem(DB, f"record {row.id} ({row.key!r})", "the ledger does not know it, or says that it was deleted")
-                elif (int(seqs[i]), int(changes["key"][i]), changes["content"][i].tobytes()) != (row.seq, key, content):
-                    yield Problem(DB, f"record {row.id} ({row.key!r})", f"it is of change {row.seq}, the ledger says {seqs[i]}, or another")
+                elif (said[0][i], said[1][i], said[2][16 * i : 16 * i + 16]) != (row.seq, key, content):
+                    yield Problem(
+                        DB, f"record {row.id} ({row.key!r})", f"it is of change {row.seq}, the ledger says {said[0][i]}, or another"
+                    )
                 places += found_by(row, row.id, key, content)
                 if (base := row.base) is not None:
                     self.refs.add((base, row.id))

@@ -87,7 +87,7 @@ def writing(folder: Path, cache_bytes: int) -> sqlite3.Connection:
     for setting in ("synchronous=FULL", "wal_autocheckpoint=0", "secure_delete=ON", "busy_timeout=100"):
         connection.execute(f"PRAGMA {setting}").fetchall()
     (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-    if mode != "wal":
+    if mode != b"wal":
         raise StorageError(
             f"{folder / DB} cannot be used with a write-ahead log", why=f"its journal is {mode!r}", fix="put it on a local disk"
         )
@@ -96,6 +96,7 @@ def writing(folder: Path, cache_bytes: int) -> sqlite3.Connection:
 
 def _connect(uri: str, cache_bytes: int) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5)
+    connection.text_factory = bytes  # there is no text of ours; damaged bytes that claim to be some are no error here, and do not hold
     for setting in (f"cache_size=-{cache_bytes // 1024}", "cell_size_check=ON", "trusted_schema=OFF"):
         connection.execute(f"PRAGMA {setting}")
     return connection

@@ -22,7 +22,7 @@ from pantheraml.memory import tables
 from pantheraml.memory.connections import REPAIR, Handles, disk_errors, reading, sqlite_errors, take_lock, writing
 from pantheraml.memory.examine import examine_files, read_tip
 from pantheraml.memory.ledger import CHANGE, Head, Tip, What, pack_blocks, pack_change
-from pantheraml.memory.pages import DB, HEAD, PAGE, WAL, Log, Problem, RawFile
+from pantheraml.memory.pages import DB, HEAD, PAGE, WAL, Log, Problem, RawFile, page_place
 from pantheraml.memory.swap import finish_swap
 from pantheraml.memory.wal import Wal
 
@@ -97,16 +97,14 @@ class Database:
         self._sums, found = examine_files(self.folder, handles.raw, pages=1 if check == "quick" else None, live=not at_rest)
         for problem in found:
             self._say(problem)
+        if first_page := [each for each in found if each.where == page_place(1) and not each.harmless]:
+            raise tables.cannot_be_opened(self.folder, str(first_page[0]))
         try:
             handles.guard = reading(self.folder, self._cache_bytes // 8)
             self._tip, wrong = read_tip(handles.guard, head)
             version = int(tables.read_meta(handles.guard)["version"])
         except (sqlite3.Error, KeyError) as error:
-            raise StorageError(
-                f"{self.folder / DB} cannot be opened: {self.problems[0] if self.problems else f'{error!r}'}",
-                why="the page with what SQLite must know first, or both with the settings, are damaged",
-                fix=REPAIR,
-            ) from error
+            raise tables.cannot_be_opened(self.folder, str(self.problems[0] if self.problems else repr(error))) from error
         for problem in wrong:
             self._say(problem)
         if self.readonly:

@@ -98,14 +98,17 @@ def joined(parts: Sequence[Features]) -> Features:
 
 
 def hashed(found: Features, weights: NDArray[np.floating], texts: int, dimensions: int) -> F32:
-    """[texts, dimensions] sums of the weights, each with the sign and at the place that the feature's hash says, then rotated.
+    """[texts, dimensions] sums of the weights, each with the signs and at the places that the feature's hash says, then rotated.
 
     The dot product of two rows estimates that of the weights themselves, without bias (Weinberger et al. 2009, arXiv 0902.2206).
     The rotation leaves it alone; it spreads each weight over all numbers, so that few bits are enough for each of them.
     """
-    place = (found.hash & np.uint64(dimensions - 1)).astype(np.int64) + found.text * dimensions
-    sign = 1.0 - 2.0 * ((found.hash >> np.uint64(40)) & np.uint64(1)).astype(np.float64)
-    sums = np.bincount(place, weights=weights * sign, minlength=texts * dimensions)
+    sums = np.zeros(texts * dimensions)
+    for shift in (0, 24):  # two places for each, so that no feature covers another one whole
+        place = ((found.hash >> np.uint64(shift)) & np.uint64(dimensions - 1)).astype(np.int64) + found.text * dimensions
+        sign = 1.0 - 2.0 * ((found.hash >> np.uint64(shift + 20)) & np.uint64(1)).astype(np.float64)
+        sums += np.bincount(place, weights=weights * sign, minlength=texts * dimensions)
+    sums *= np.sqrt(0.5)
     return sums.reshape(texts, dimensions).astype(np.float32) @ rotation(dimensions)
 
 

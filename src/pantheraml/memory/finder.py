@@ -68,14 +68,26 @@ class Finder:
         self._version = self._records.data_version()
         self._seq = self._records.tip.seq
         self.hot = Hot(self.embedder.dimensions, announce=self._announce)
-        seal = self._records.seal
         try:
-            stamp = load_index(self.hot, self._folder, unseal=None if seal is None else lambda data, name: seal.unseal(data, _about(name)))
-            self._catch_up(stamp)
+            self._catch_up(self._loaded(self.hot))
         except StorageError as error:
             if any(self._folder.glob("*")):
                 self._announce(f"{error.what}: {error.why}; it is made anew.")
             self.rebuild()
+
+    def _loaded(self, hot: Hot) -> str:
+        seal = self._records.seal
+        return load_index(hot, self._folder, unseal=None if seal is None else lambda data, name: seal.unseal(data, _about(name)))
+
+    def verify(self) -> list[str]:
+        """Reads the index that is kept. Gives a sentence if it is damaged: it is then made anew from the rows."""
+        if not any(self._folder.glob("*")):
+            return []
+        try:
+            self._loaded(Hot(self.embedder.dimensions))
+        except StorageError as error:
+            return [f"{error.what}: {error.why}; the next start makes it anew"]
+        return []
 
     def _catch_up(self, stamp: str) -> None:
         fingerprint, _, seq = stamp.partition(" ")
@@ -92,9 +104,14 @@ class Finder:
 
     # ---- In step with the rows -----------------------------------------------------------------------------------
 
-    def vectors(self, texts: Sequence[str]) -> list[bytes]:
-        """What rows keep of the vectors of texts."""
-        return to_rows(encode(self.embedder.embed(texts), "int8"))
+    def vectors(self, texts: Sequence[str], by: Embedder | None = None) -> list[bytes]:
+        """What rows keep of the vectors of texts. by: another embedder than the store's."""
+        return to_rows(encode((by or self.embedder).embed(texts), "int8")) if texts else []
+
+    def reopen(self) -> None:
+        """The settings name another embedder, and all rows have its vectors."""
+        with self._lock:
+            self._open(None)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Rows that were written; those without a vector are not found."""

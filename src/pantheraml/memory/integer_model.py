@@ -33,7 +33,8 @@ PEAK_BITS = 14
 ROPE_SHIFT, VALUE_SHIFT, GAIN_BITS = 20, 6, 17
 SCORE_OCTAVE, LOGIT_OCTAVE = 32, 64
 """Steps in which a weight of attention, and a frequency, becomes half."""
-SCORE_STEPS, LOGIT_STEPS = 10 * SCORE_OCTAVE, 24 * LOGIT_OCTAVE
+FREQUENCY_BITS = 30
+SCORE_STEPS, LOGIT_STEPS = 10 * SCORE_OCTAVE, (FREQUENCY_BITS + 1) * LOGIT_OCTAVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,11 @@ class Shape:
     def row(self) -> int:
         """Outputs of queries, keys and values together."""
         return (self.heads + 2 * self.groups) * self.head
+
+    @property
+    def vocabulary_bits(self) -> int:
+        """Bits of the largest token's number."""
+        return (self.vocabulary - 1).bit_length()
 
     @property
     def square_shift(self) -> int:
@@ -134,16 +140,6 @@ class IntegerModel:
     silu: np.ndarray
     tokens: Tokens
     measured: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    @property
-    def top_bits(self) -> int:
-        """The likeliest token has the frequency 2**top_bits, so that those of all tokens stay below 2**31."""
-        return 30 - (self.shape.vocabulary - 1).bit_length()
-
-    @cached_property
-    def frequencies(self) -> np.ndarray:
-        """int32 [LOGIT_STEPS]: of a token so many steps below the likeliest; at least 1."""
-        return np.maximum(1, halves(self.top_bits, LOGIT_OCTAVE, LOGIT_STEPS)).astype(np.int32)
 
     @cached_property
     def turns(self) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +251,7 @@ def halves(bits: int, octave: int, steps: int) -> np.ndarray:
     """int64 [steps]: the whole part of 2**(bits - i / octave), where octave is a power of two. Exact: roots of whole numbers."""
     table = []
     for i in range(steps):
-        root = 1 << max(0, bits * octave - i) if bits * octave >= i else 0
+        root = 1 << bits * octave - i if bits * octave >= i else 0
         for _ in range(octave.bit_length() - 1):
             root = isqrt(root)
         table.append(root)
@@ -268,6 +264,11 @@ def weights_of_scores() -> np.ndarray:
     table = (255 * halves(fine, SCORE_OCTAVE, SCORE_STEPS) + (1 << (fine - 1))) >> fine
     assert table[-1] == 0
     return table.astype(np.int32)
+
+
+def likelihoods() -> np.ndarray:
+    """int32 [LOGIT_STEPS]: of a token so many steps below the likeliest, which has 2**FREQUENCY_BITS; the last is 0."""
+    return halves(FREQUENCY_BITS, LOGIT_OCTAVE, LOGIT_STEPS).astype(np.int32)
 
 
 def root_table(norm: Norm) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pantheraml.memory.integer_model import (
+    FREQUENCY_BITS,
     GAIN_BITS,
     LARGEST_ACTIVATION,
     LARGEST_OUTPUT,
@@ -26,6 +27,7 @@ from pantheraml.memory.integer_model import (
     IntegerModel,
     Linear,
     Norm,
+    likelihoods,
     root_table,
     weights_of_scores,
 )
@@ -76,10 +78,11 @@ class Network:
         cosines, sines = model.turns
         self.tensors |= {"cosines": self._whole(cosines), "sines": self._whole(sines), "silu": self._whole(model.silu)}
         self.tensors["attended"] = torch.from_numpy(weights_of_scores()).to(self.device, self.floats)
-        self.tensors["likely"] = self._whole(model.frequencies)
+        self.tensors["likely"] = self._whole(likelihoods())
         self.tensors["peaks"] = self._whole(1 << np.arange(PEAK_BITS, 21))
         self.tensors["squares"] = self._whole(1 << np.arange(12, 31, 2))
         self.tensors["sums"] = self._whole(1 << np.arange(9, 19))
+        self.tensors["totals"] = self._whole(1 << np.arange(FREQUENCY_BITS - model.shape.vocabulary_bits, 31))
 
     def _whole(self, values: np.ndarray) -> Tensor:
         import torch
@@ -179,6 +182,9 @@ class Network:
         logits = self._linear(normed, "head", tensors, self.model.head.shift)
         below = (logits.amax(-1, keepdim=True) - logits).clamp(max=LOGIT_STEPS - 1)
         likely = torch.index_select(tensors["likely"], 0, below.view(-1)).view(below.shape)
+        # As many bits of each as leave their sum below 2**31.
+        coarse = (likely >> shape.vocabulary_bits).sum(-1, keepdim=True, dtype=torch.int32) + shape.vocabulary
+        likely = (likely >> _at_least(coarse, tensors["totals"])) + 1
         return likely, torch.stack(keys), torch.stack(values)
 
     def _linear(self, x_NI: Tensor, name: str, tensors: dict[str, Tensor], shift: int, largest: int = LARGEST_OUTPUT) -> Tensor:

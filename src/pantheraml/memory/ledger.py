@@ -143,7 +143,7 @@ def pack_blocks(tip: Tip, time: int, next_id: int, changes: bytes, note: str = "
 
 def unpack_block(first: int, blob: bytes) -> Block | None:
     """A block from its bytes; None if they are not what was written."""
-    if len(blob) < _HEAD.size + 40 or blob[:2] != MARK:
+    if not isinstance(blob, bytes) or len(blob) < _HEAD.size + 40 or blob[:2] != MARK:
         return None
     _, count, time, next_id, note = _HEAD.unpack_from(blob)
     end = _HEAD.size + count * CHANGE.itemsize

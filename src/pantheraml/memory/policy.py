@@ -78,7 +78,7 @@ class Moves:
         return len(self.hot) + len(self.warm) + len(self.cold)
 
 
-def heat(entries: Entries, half_life_s: float, now: float) -> NDArray[np.float64]:
+def heat(entries: Entries, half_life_s: float, now: float) -> NDArray[np.floating]:
     """[N] how much each is used of late. A time in the future counts as now."""
     age = np.maximum(0.0, now - entries.touched)
     return np.exp2(-age / half_life_s) * (entries.uses + 1.0)
@@ -116,7 +116,7 @@ def worn_segments(size_bytes: Mapping[int, int], live_bytes: Mapping[int, int], 
 
 
 def _fitting(
-    which: NDArray[np.bool_], warmth: NDArray[np.float64], size_bytes: I64, ids: I64, budget_bytes: int | None
+    which: NDArray[np.bool_], warmth: NDArray[np.floating], size_bytes: I64, ids: I64, budget_bytes: int | None
 ) -> NDArray[np.bool_]:
     """Of those, the ones with most heat a byte, up to the first that does not fit."""
     if budget_bytes is None:

@@ -196,10 +196,12 @@ class Records(Database):
         try:
             with self.read() as connection:
                 found += audit.audit(connection, lambda blobs: self._unpacked(blobs, None), self.marks, progress)
-        except StorageError as error:
+        except (StorageError, TypeError, ValueError, OverflowError) as error:  # a damaged page may hold anything
             if not found:
                 raise
-            found.append(Problem(DB, "tables", error.what))
+            found.append(
+                Problem(DB, "tables", f"they cannot be read to the end: {error.what if isinstance(error, StorageError) else error}")
+            )
         return found
 
     # Within

@@ -175,7 +175,7 @@ def unpack_row(id: int, blob: bytes, machines: Mapping[int, Machine], seal: Seal
 
 def sound_seq(id: int, blob: bytes) -> int | None:
     """The number of the change that wrote these bytes as this row; None if they are not what was written."""
-    if len(blob) < _HEAD.size + 8 or blob[:2] != MARK or _checksum(id, blob[:-8]) != blob[-8:]:
+    if not isinstance(blob, bytes) or len(blob) < _HEAD.size + 8 or blob[:2] != MARK or _checksum(id, blob[:-8]) != blob[-8:]:
         return None
     return int.from_bytes(blob[3:11], "little")
 
@@ -192,7 +192,7 @@ def content_mark(content: bytes) -> int:
 
 def is_cold(blob: bytes) -> bool:
     """Whether the content of these bytes lies in a cold segment; needs no key."""
-    return bool(blob[2] & _COLD_FLAG)
+    return isinstance(blob, bytes) and len(blob) > 2 and bool(blob[2] & _COLD_FLAG)
 
 
 def sealed_in(blob: bytes) -> int | None:

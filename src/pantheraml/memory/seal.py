@@ -228,7 +228,7 @@ def _aead(cipher: Cipher) -> Any:
 def _key(number: int, line: str) -> bytes:
     try:
         key = bytes.fromhex(line) if re.fullmatch(r"[0-9a-fA-F]{64}", line) else base64.b64decode(line, validate=True)
-    except binascii.Error:
+    except ValueError:  # also binascii.Error
         key = b""
     if len(key) != KEY_BYTES:
         raise _no_key(f"line {number} of the keys is not a key ({len(line)} characters)")

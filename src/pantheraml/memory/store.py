@@ -45,9 +45,15 @@ from pantheraml.memory.zstd import ZstdCodec
 
 if TYPE_CHECKING:
     from pantheraml.hardware.device import Device
+    from pantheraml.memory.learning import Trained
+    from pantheraml.memory.neural import NeuralCodec
+    from pantheraml.memory.repair import Repaired
+    from pantheraml.memory.upkeep import Compacted, Progress, Verified
 
 COLD, SHARED, INDEX = "cold", "shared", "index"
-DICTIONARIES, QUARANTINE = "dictionaries", "quarantine"
+DICTIONARIES, MODEL, QUARANTINE = "dictionaries", "model", "quarantine"
+SMALL_LEVEL = 19
+"""Of zstd, for what is encoded once and kept long."""
 NEAR_BYTES = 200
 """Bytes from which on a record is compared with those like it: of a shorter one a difference is hardly smaller."""
 NEAR_ENOUGH = 0.5
@@ -152,6 +158,8 @@ class Parts:
         self.path, self.readonly, self.budgets, self.announce = path, readonly, budgets, announce
         self.asked_device = device
         self.lock = threading.RLock()
+        self.hot: dict[int, bytes] = {}
+        """Contents that lie decoded in memory, by number; compacting says which."""
         with ExitStack() as stack:
             opened = Records if readonly else Warm
             how: dict[str, Any] = {"readonly": readonly, "create": create, "wait_s": wait_s, "announce": announce}
@@ -184,10 +192,22 @@ class Parts:
     def open_codecs(self) -> None:
         """As the settings say which dictionaries and which model there are."""
         settings = self.records.settings()
-        said: dict[str, str] = json.loads(settings.get(DICTIONARIES, b"{}"))
-        self.zstd = ZstdCodec(self.shared, dictionaries={kind: bytes.fromhex(id) for kind, id in said.items()}, announce=self.announce)
-        self.codecs = Codecs(self.zstd, bases=self.contents.bases, announce=self.announce)
+        said: dict[str, Any] = json.loads(settings.get(DICTIONARIES, b"{}"))
+        self._settings = settings.get(DICTIONARIES), settings.get(MODEL)
+        dictionaries = {kind: bytes.fromhex(each["id"]) for kind, each in said.items()}
+        self.zstd = ZstdCodec(self.shared, dictionaries=dictionaries, announce=self.announce)
+        small = ZstdCodec(self.shared, level=SMALL_LEVEL, dictionaries=dictionaries, announce=self.announce)
+        self.neural = self._open_neural(settings.get(MODEL))
+        self.codecs = Codecs(self.zstd, self.neural, bases=self.contents.bases, announce=self.announce)
+        self.small_codecs = Codecs(small, self.neural, bases=self.contents.bases, announce=self.announce)
         self.contents.codecs = self.codecs
+
+    def _open_neural(self, id: bytes | None) -> NeuralCodec | None:
+        if id is None:
+            return None
+        from pantheraml.memory.neural import NeuralCodec
+
+        return NeuralCodec.open(self.shared, bytes.fromhex(id.decode()), device=lambda: self.device)
 
     def close(self) -> None:
         """Ends it, and keeps the index."""
@@ -325,6 +345,8 @@ class Memory:
         banded = [ids[i] for i, each in zip(own, taken, strict=True) if each is not None]
         if banded:
             warm.add_bands(banded, np.stack([each for each in taken if each is not None]))
+        for id in old:
+            parts.hot.pop(id, None)
         if old:
             parts.restored(old)
         parts.finder.add(rows)
@@ -432,7 +454,7 @@ class Memory:
         parts = self.parts
         ids = [id for id in parts.records.find_many([(self.tenant, key) for key in keys]) if id is not None]
         rows = list(parts.records.rows(ids).values())
-        contents = parts.contents.of(rows)
+        contents = self._contents(rows)
         failed = {row.id: each.what for row, each in zip(rows, contents, strict=True) if isinstance(each, StorageError)}
         parts.quarantine(failed)
         decoded: dict[str, Decoded] = {}
@@ -446,6 +468,13 @@ class Memory:
         if isinstance(parts.records, Warm) and not parts.records.readonly:
             parts.records.touch([row.id for row in rows], time.time_ns() // 1000)
         return decoded
+
+    def _contents(self, rows: list[Row]) -> list[bytes | StorageError]:
+        hot = self.parts.hot
+        held = {row.id: hot[row.id] for row in rows if row.id in hot}
+        rest = [row for row in rows if row.id not in held]
+        found = dict(zip((row.id for row in rest), self.parts.contents.of(rest), strict=True))
+        return [held[row.id] if row.id in held else found[row.id] for row in rows]
 
     def search(
         self,
@@ -514,7 +543,7 @@ class Memory:
             tenant=row.tenant,
             created=_EPOCH + timedelta(microseconds=row.created),
             metadata=row.metadata,
-            tier=owner.tier,
+            tier="hot" if row.id in self.parts.hot else owner.tier,
             codec=NAMES[owner.codec],
             model=owner.model.hex() or None,
             origin=owner.origin,
@@ -528,16 +557,20 @@ class Memory:
 
     def delete(self, key: str) -> bool:
         """Forget a record; False if there is none. Its bytes leave store.db with it, and a cold segment when that is compacted."""
+        return bool(self.delete_many([key]))
+
+    def delete_many(self, keys: Sequence[str]) -> int:
+        """Forget records. Returns: how many of them there were."""
         parts = self.parts
         with parts.lock, parts.warm.write():
-            id = parts.records.find(self.tenant, key)
-            if id is None:
-                return False
-            if changed := parts.contents.released([id]):
+            ids = [id for id in parts.records.find_many([(self.tenant, key) for key in dict.fromkeys(keys)]) if id is not None]
+            if changed := parts.contents.released(ids):
                 parts.warm.replace(changed, What.MOVE)
-            parts.warm.delete([id])
-            parts.finder.hot.remove([id])
-            return True
+            parts.warm.delete(ids)
+            parts.finder.hot.remove(ids)
+            for id in ids:
+                parts.hot.pop(id, None)
+            return len(ids)
 
     def stats(self) -> Stats:
         """Counts and sizes; reads all rows of the store."""
@@ -570,6 +603,39 @@ class Memory:
             embedder=self.parts.finder.embedder.name,
             encrypted=self.parts.records.seal is not None,
         )
+
+    def compact(self, *, now: float | None = None, progress: Progress | None = None) -> Compacted:
+        """Move all records of the store to the tiers where they belong, and encode them anew; see `upkeep.compact`."""
+        from pantheraml.memory import upkeep
+
+        return upkeep.compact(self.parts, now=now, progress=progress or upkeep.silent)
+
+    def verify(self, *, progress: Progress | None = None) -> Verified:
+        """Read every byte of the store, and decode every record; see `upkeep.verify`."""
+        from pantheraml.memory import upkeep
+
+        return upkeep.verify(self.parts, progress=progress or upkeep.silent)
+
+    def train(self, *, minutes: float = 5.0, model: bool = True, progress: Progress | None = None) -> Trained:
+        """Learn from all records of the store: dictionaries, vectors, and the model of the neural codec; see `learning.train`."""
+        from pantheraml.memory import learning, upkeep
+
+        return learning.train(self.parts, minutes=minutes, model=model, progress=progress or upkeep.silent)
+
+    def rotate(self, keys: Keys) -> None:
+        """Exchange the master key. What was written before is sealed anew by `compact`.
+
+        Raises: StorageError if the store is not encrypted.
+        """
+        with self.parts.lock:
+            self.parts.warm.rotate(keys)
+
+    @staticmethod
+    def repair(path: Path | str, *, keys: Keys | None = None, announce: Callable[[str], None] = _log.warning) -> Repaired:
+        """Make a damaged store sound, with all that can still be read; see `repair.repair`."""
+        from pantheraml.memory.repair import repair
+
+        return repair(Path(path), keys=keys, announce=announce)
 
     def export(self, path: Path | str) -> int:
         """Write all records of the tenant as lines of JSON. Returns how many.

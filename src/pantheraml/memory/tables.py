@@ -102,6 +102,15 @@ def no_store(folder: Path) -> StorageError:
     return StorageError(f"there is no store in {folder}", why=f"it has no {DB}", fix="check the path; writing makes a new one")
 
 
+def cannot_be_opened(folder: Path, what: str) -> StorageError:
+    """The error where SQLite cannot read what it must know first."""
+    return StorageError(
+        f"{folder / DB} cannot be opened: {what}",
+        why="the page with what SQLite must know first, or both with the settings, are damaged",
+        fix="`pantheraml memory repair` saves what is sound; a copy of the folder beforehand does no harm",
+    )
+
+
 def must_be_new(folder: Path, create: bool) -> None:
     """Raises: StorageError if a folder without store.db is not one where a store may be made."""
     if unfinished(folder):
@@ -152,7 +161,12 @@ def pack_meta(name: str, value: bytes | None, seq: int) -> bytes:
 
 def unpack_meta(blob: bytes) -> tuple[int, str, bytes | None] | None:
     """seq, name and value of a setting; None if the bytes are not what was written."""
-    if len(blob) < _META.size + 8 or blob[:2] != META_MARK or blake3.blake3(blob[:-8]).digest(8) != blob[-8:]:
+    if (
+        not isinstance(blob, bytes)
+        or len(blob) < _META.size + 8
+        or blob[:2] != META_MARK
+        or blake3.blake3(blob[:-8]).digest(8) != blob[-8:]
+    ):
         return None
     _, seq, name, size = _META.unpack_from(blob)
     start = _META.size + name
@@ -217,13 +231,14 @@ class Places:
         """The records of each mark; nearly always one or none, but two things may have one mark."""
         if len(marks) == 1:
             asked = "SELECT id FROM recent WHERE mark=?1 UNION ALL SELECT id FROM places WHERE mark=?1"
-            return [[id for (id,) in connection.execute(asked, (marks[0],))]]
+            return [[id for (id,) in connection.execute(asked, (marks[0],)) if isinstance(id, int)]]
         found: list[list[int]] = [[] for _ in marks]
         order = sorted(range(len(marks)), key=marks.__getitem__)
         asked = json.dumps([marks[i] for i in order])
         for table in ("recent", "places"):
             for i, id in connection.execute(f"SELECT j.key, p.id FROM json_each(?) j CROSS JOIN {table} p ON p.mark = j.value", (asked,)):
-                found[order[i]].append(id)
+                if isinstance(id, int):  # a damaged page may hold anything
+                    found[order[i]].append(id)
         return found
 
     @staticmethod
@@ -314,7 +329,12 @@ def pack_run(entries: NDArray[np.uint64], level: int) -> bytes:
 
 def unpack_run(blob: bytes) -> tuple[int, NDArray[np.uint64]] | None:
     """Level and entries of a run; None if the bytes are not what was written."""
-    if len(blob) < _BAND.size + 8 or blob[:2] != BAND_MARK or blake3.blake3(blob[:-8]).digest(8) != blob[-8:]:
+    if (
+        not isinstance(blob, bytes)
+        or len(blob) < _BAND.size + 8
+        or blob[:2] != BAND_MARK
+        or blake3.blake3(blob[:-8]).digest(8) != blob[-8:]
+    ):
         return None
     _, level, count = _BAND.unpack_from(blob)
     return level, np.frombuffer(blob, "<u8", count, _BAND.size).astype(np.uint64)
