@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pantheraml.errors import StorageError

@@ -38,7 +38,7 @@ def examine_files(
         return now, frozenset(logged.page[:took].tolist()) if logged else frozenset()
 
     if all(each.harmless for each in sums.problems):
-        found += check_pages(raw.handle, read, live=live, most=pages, progress=progress)
+        found += check_pages(raw.handle, read, live=live, first=pages, progress=progress)
     return sums, found
 
 

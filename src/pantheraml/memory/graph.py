@@ -23,7 +23,7 @@ LINKS = 16
 """Of a vector, on the upper floors of the graph; twice as many on the lowest. About 200 bytes a vector."""
 BUILD_BREADTH = 64
 """Candidates that are looked at for each vector that is put in."""
-BREADTH = 192
+BREADTH = 256
 """Candidates that a search looks at, at least."""
 STEP_ROWS = 16
 """Put in at once, while searches wait: some milliseconds."""

@@ -101,13 +101,15 @@ class Sums:
         """Whether a page is one that was written there."""
         total = page_sum(number, image)
         known = int(self.base[number - 1]) if number <= len(self.base) else 0
-        if known == total or (image == NEVER_WRITTEN and (known == 0 or self._cut(number))):
-            return True
+        return known == total or (image == NEVER_WRITTEN and (known == 0 or self._cut(number))) or total in self.waiting(number)
+
+    def waiting(self, number: int) -> list[int]:
+        """Sums that a page may have because a checkpoint that writes it was begun and not finished."""
         if self._by_page is None:
             self._by_page = {}
-            for page, other in (pair for entries in self.held for pair in entries.tolist()):
-                self._by_page.setdefault(page, []).append(other)
-        return total in self._by_page.get(number, ())
+            for page, total in (pair for entries in self.held for pair in entries.tolist()):
+                self._by_page.setdefault(page, []).append(total)
+        return self._by_page.get(number, [])
 
     def _cut(self, number: int) -> bool:
         """The unfinished checkpoint may have cut the file before this page."""
@@ -235,14 +237,14 @@ def check_pages(
     read: Callable[[], tuple[Sums, frozenset[int]]],
     *,
     live: bool,
-    most: int | None = None,
+    first: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Iterator[Problem]:
     """Compares each page of a database file with what is known of it, reading 1 MiB at a time.
 
     Args:
         handle: of the file. read: gives the sums, and the pages whose newest version lies in SQLite's log.
-        live: another process may be writing: what does not match is read again before it counts. most: pages to read; None: all.
+        live: another process may be writing: what does not match is read again before it counts. first: only so many pages; None: all.
         progress: hears pages done, and of all.
     """
     sums, in_log = read()
@@ -253,7 +255,7 @@ def check_pages(
         yield Problem(
             DB, f"its end (byte {size})", f"it has {size / PAGE:g} pages, and should have {fewest}" + f" to {most}" * (fewest < most)
         )
-    pages = pages if most is None else min(pages, most)
+    pages = pages if first is None else min(pages, first)
     for start in range(0, pages, 256):
         data = os.pread(handle, min(256, pages - start) * PAGE, start * PAGE)
         for i in range(len(data) // PAGE):
@@ -266,8 +268,9 @@ def check_pages(
                 if sums.accepts(number, os.pread(handle, PAGE, (number - 1) * PAGE)):
                     break
             else:
-                newer = number in in_log
-                what = "it does not match its checksum" + "; its newer version in the log is not touched" * newer
+                # Torn by a loss of power while it was being copied there; what it was before, and the log was made from, had been looked at.
+                newer = number in in_log and bool(sums.waiting(number))
+                what = "it does not match its checksum" + "; it was being copied there from the log, which has it" * newer
                 yield Problem(DB, page_place(number), what, harmless=newer)
         progress(min(start + 256, pages), pages)
 

@@ -95,11 +95,12 @@ def encode(vectors: F32, kind: Kind, book: Book | None = None) -> Codes:
     """Codes of vectors [N, D]. Raises: ValueError for another shape, numbers that are not finite, D that has no such code, pq without a book."""
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ValueError(f"vectors are finite and [N, D], not {list(vectors.shape)}")
+    largest = np.abs(vectors).max(axis=1, initial=0, keepdims=True)
+    within = vectors / np.where(largest == 0, 1, largest)
     if kind == "float16":
-        data = np.clip(vectors, -65504, 65504).astype(_DTYPES[kind])
+        data = within.astype(_DTYPES[kind])
     elif kind == "int8":
-        largest = np.abs(vectors).max(axis=1, initial=0, keepdims=True)
-        data = np.rint(vectors * (127 / np.where(largest == 0, 1, largest))).astype(np.int8)
+        data = np.rint(within * 127).astype(np.int8)
     elif kind == "binary":
         if vectors.shape[1] % 8:
             raise ValueError(f"binary codes take a multiple of 8 dimensions, not {vectors.shape[1]}")
@@ -171,7 +172,8 @@ def recall(queries: F32, vectors: F32, kind: Kind, k: int, book: Book | None = N
 def train_book(vectors: F32, parts: int, *, device: Device | None = None, seed: int = 0) -> Book:
     """A book for vectors like these [N, D], by k-means in each of `parts` equal parts (Jegou et al. 2011), computed on the device.
 
-    At most 65,536 of the vectors are looked at. An empty cluster begins anew at the vector that is represented worst.
+    At most 65,536 of the vectors are looked at. An empty cluster begins anew at one of the vectors that are represented
+    worst.
 
     Args:
         device: None: where torch puts tensors by itself. A device without torch tensors (a TPU): the same.
@@ -201,10 +203,11 @@ def train_book(vectors: F32, parts: int, *, device: Device | None = None, seed: 
             worst.append(distance)
         centroids_PKD = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], centroids_PKD)
         far = torch.cat(worst, dim=1).argsort(dim=1, descending=True)
-        for part, cluster in (counts == 0).nonzero().tolist():
-            place = int((counts[part, :cluster] == 0).sum())
-            if place < len(order):
-                centroids_PKD[part, cluster] = points_PND[part, far[part, place]]
+        for part, empty in enumerate((counts == 0).cpu()):
+            clusters = empty.nonzero().flatten()
+            # Spread over the worst quarter: the very worst are often alike.
+            places = torch.arange(len(clusters)) * max(1, len(order) // (4 * max(1, len(clusters)))) % len(order)
+            centroids_PKD[part, clusters] = points_PND[part, far[part, places]]
     return Book(centroids_PKD.cpu().numpy())
 
 

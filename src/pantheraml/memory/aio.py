@@ -1,0 +1,83 @@
+"""The memory for programs of asyncio: each call runs in a thread, one write after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pantheraml.memory.record import JSON, Content, Decoded, Hit, Record
+from pantheraml.memory.store import Memory, Stored
+
+T = TypeVar("T")
+READERS = 4
+
+
+class AsyncMemory:
+    """The methods of `Memory` that wait for a disk or a device, as coroutines.
+
+    Args:
+        memory: used by its own threads alone from here on.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._writing = ThreadPoolExecutor(1, "memory-write")
+        self._reading = ThreadPoolExecutor(READERS, "memory-read")
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, path: Path | str, **how: Any) -> AsyncIterator[AsyncMemory]:
+        """`Memory.open`, closed at the end of the block."""
+        opened = cls(await asyncio.to_thread(partial(Memory.open, path, **how)))
+        try:
+            yield opened
+        finally:
+            await opened.close()
+
+    async def put(self, key: str, content: Content, **how: Any) -> Stored:
+        """See `Memory.put`."""
+        return await self._in(self._writing, partial(self.memory.put, key, content, **how))
+
+    async def put_many(self, records: Iterable[Record]) -> list[Stored]:
+        """See `Memory.put_many`."""
+        return await self._in(self._writing, partial(self.memory.put_many, list(records)))
+
+    async def delete(self, key: str) -> bool:
+        """See `Memory.delete`."""
+        return await self._in(self._writing, partial(self.memory.delete, key))
+
+    async def compact(self) -> Any:
+        """See `Memory.compact`."""
+        return await self._in(self._writing, self.memory.compact)
+
+    async def get(self, key: str) -> Decoded:
+        """See `Memory.get`."""
+        return await self._in(self._reading, partial(self.memory.get, key))
+
+    async def search(
+        self,
+        text: str,
+        k: int = 10,
+        *,
+        kind: str | None = None,
+        metadata: Mapping[str, JSON] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[Hit]:
+        """See `Memory.search`."""
+        return await self._in(self._reading, partial(self.memory.search, text, k, kind=kind, metadata=metadata, since=since, until=until))
+
+    async def close(self) -> None:
+        """See `Memory.close`; what was begun is ended before."""
+        await asyncio.to_thread(self._writing.shutdown)
+        await asyncio.to_thread(self._reading.shutdown)
+        await asyncio.to_thread(self.memory.close)
+
+    async def _in(self, threads: ThreadPoolExecutor, deed: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, deed)
