@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pantheraml.memory.intake import Stored
 from pantheraml.memory.record import JSON, Content, Decoded, Hit, Record
-from pantheraml.memory.store import Memory, Stored
+from pantheraml.memory.store import Memory
 
 T = TypeVar("T")
 READERS = 4

@@ -11,7 +11,7 @@ from pantheraml.memory.embed import TRAIN_CHARACTERS, StaticEmbedder
 from pantheraml.memory.finder import SETTING, STATIC_SUFFIX
 from pantheraml.memory.ledger import What
 from pantheraml.memory.rows import Row
-from pantheraml.memory.store import MODEL, Parts
+from pantheraml.memory.parts import MODEL, Parts
 from pantheraml.memory.upkeep import AT_ONCE, Progress, batches, learn_dictionaries, silent
 
 FEWEST_TEXTS = 100

@@ -22,7 +22,7 @@ from pantheraml.memory.contents import about, with_payload
 from pantheraml.memory.ledger import What
 from pantheraml.memory.policy import TIERS, Entries, plan_moves, worn_segments
 from pantheraml.memory.rows import Row
-from pantheraml.memory.store import DICTIONARIES, Parts
+from pantheraml.memory.parts import DICTIONARIES, Parts
 from pantheraml.memory.zstd import FEWEST_SAMPLES, MOST_SAMPLE_BYTES
 
 AT_ONCE = 512
