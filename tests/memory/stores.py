@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,25 @@ def memory_folder() -> Iterator[Path]:
 def run(code: str, *arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
     """Runs a program in another process, to its end."""
     return subprocess.run(
-        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, **how
+        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+        **how,
     )
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Starts one."""
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+@contextmanager
+def start(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Starts one, which is killed at the end."""
+    command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 PRELUDE = """

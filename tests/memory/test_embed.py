@@ -190,9 +190,7 @@ def test_singular_vectors_of_a_matrix_of_low_rank_are_as_many_as_it_has():
 
     dense = np.outer(np.arange(1.0, 9), np.ones(6)) + np.outer(np.ones(8), np.arange(6.0))
     text, word = np.nonzero(dense)
-    values, vectors = singular_vectors(
-        Counts(text, word, dense[text, word].astype(np.float32), 8, 6), 6, device=torch.get_default_device()
-    )
+    values, vectors = singular_vectors(Counts(text, word, dense[text, word].astype(np.float32), 8, 6), 6, device=torch.get_default_device())
     assert len(values) == vectors.shape[1] == 2
     assert values == pytest.approx(np.linalg.svd(dense)[1][:2], rel=1e-4)
 

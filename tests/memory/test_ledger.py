@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.memory.stores import memory_folder, row
 
 from pantheraml.memory.ledger import (
     CHANGE,
@@ -27,7 +28,6 @@ from pantheraml.memory.ledger import (
     unpack_block,
 )
 from pantheraml.memory.warm import Warm
-from tests.memory.stores import memory_folder, row
 
 __all__ = ["memory_folder"]
 NOTHING = Tip(0, START, 1)

@@ -15,13 +15,13 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.memory.stores import bands, memory_folder, row, same
 
 from pantheraml.errors import StorageError
 from pantheraml.memory.pages import SHM
 from pantheraml.memory.rows import pack_row, unpack_row
 from pantheraml.memory.seal import OVERHEAD_BYTES, Cipher, Keys, Seal, UnknownEpoch, epoch_of
 from pantheraml.memory.warm import Warm
-from tests.memory.stores import bands, memory_folder, row, same
 
 __all__ = ["memory_folder"]
 ONE, TWO = bytes(range(32)), bytes(range(100, 132))
@@ -172,7 +172,11 @@ def test_a_sealed_store_needs_its_key(memory_folder):
     for folder, keys in ((sealed, Keys(ONE)), (plain, None)):
         with Warm(folder, keys=keys) as store:
             store.insert([row(1)])
-    for folder, keys, said in ((sealed, None, "no key is given"), (sealed, Keys(TWO), "not that of this store"), (plain, Keys(ONE), "is not encrypted")):
+    for folder, keys, said in (
+        (sealed, None, "no key is given"),
+        (sealed, Keys(TWO), "not that of this store"),
+        (plain, Keys(ONE), "is not encrypted"),
+    ):
         with pytest.raises(StorageError, match=said):
             Warm(folder, keys=keys)
     with Warm(sealed, keys=Keys(ONE)) as store:  # the refusal has let go of the lock

@@ -184,7 +184,8 @@ def test_an_encrypted_store_shows_nothing_and_takes_its_key(tmp_path: Path, caps
     with Memory.open(tmp_path, keys=Keys.from_text(key)) as memory:
         memory.put("warm", f"{words} warm {lines(5)}", metadata={"m": words}, kind=words)
         memory.put("cold", f"{words} cold {lines(5)}", created=old)
-        memory.compact()
+        memory.put_many([Record(key=str(i), content=f"{words} {lines(6, i)}") for i in range(150)])
+        assert memory.compact().dictionaries == ("note",) and memory.train(model=False).embedder
         assert memory.get("cold").info.tier == "cold" and memory.search(words, 2)
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert words.encode() not in everything and b"INFO worker" not in everything and b"warm" not in everything.replace(b"nbmf", b"")
@@ -194,7 +195,7 @@ def test_an_encrypted_store_shows_nothing_and_takes_its_key(tmp_path: Path, caps
         assert key not in str(error.value)
     with Memory.open(tmp_path, keys=Keys.from_text(key)) as memory:
         memory.rotate(Keys.from_text(new))
-        assert memory.compact().sealed_again == 2
+        assert memory.compact().sealed_again == 152
         assert memory.verify().problems == ()
     with Memory.open(tmp_path, keys=Keys.from_text(new)) as memory:
         assert str(memory.get("cold").content).startswith(words) and str(memory.get("warm").content).startswith(words)

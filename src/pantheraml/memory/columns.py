@@ -21,6 +21,7 @@ from pantheraml.memory.quantise import Codes
 from pantheraml.memory.record import JSON
 
 BLOCK_ROWS = 65_536
+_RECENT = 4096
 SAVED = ("serial", "id", "tenant", "kind", "created", "alive", "scale", "code")
 Rows = NDArray[np.intp]
 
@@ -56,7 +57,8 @@ class Block:
         tag, tag_row: [tags] pieces of metadata, and the rows that they belong to; rising in tag_row.
     """
 
-    def __init__(self, dimensions: int, capacity: int = BLOCK_ROWS) -> None:
+    def __init__(self, dimensions: int, capacity: int | None = None) -> None:
+        capacity = BLOCK_ROWS if capacity is None else capacity
         self.capacity, self.count, self.dead, self.tags = capacity, 0, 0, 0
         self.serial, self.id, self.created = (np.empty(capacity, np.int64) for _ in range(3))
         self.tenant, self.kind = (np.empty(capacity, np.uint32) for _ in range(2))
@@ -154,7 +156,7 @@ class Serials:
     def put(self, ids: I64, serials: I64) -> None:
         """These records have these rows now."""
         self._recent.update(zip(ids.tolist(), serials.tolist(), strict=True))
-        if len(self._recent) > max(4096, len(self._ids) // 8):
+        if len(self._recent) > max(_RECENT, len(self._ids) // 8):
             recent = np.fromiter(self._recent, np.int64, len(self._recent))
             values = np.fromiter(self._recent.values(), np.int64, len(self._recent))
             old = np.isin(self._ids, recent, invert=True) & (self._serials >= 0)

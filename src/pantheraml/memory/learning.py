@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pantheraml.errors import DataError
 from pantheraml.memory.embed import TRAIN_CHARACTERS, StaticEmbedder
 from pantheraml.memory.finder import SETTING, STATIC_SUFFIX
 from pantheraml.memory.ledger import What
-from pantheraml.memory.rows import Row
 from pantheraml.memory.parts import MODEL, Parts
+from pantheraml.memory.rows import Row
 from pantheraml.memory.upkeep import AT_ONCE, Progress, batches, learn_dictionaries, silent
 
 FEWEST_TEXTS = 100
@@ -64,17 +66,15 @@ def train(parts: Parts, *, minutes: float, model: bool, progress: Progress = sil
         )
 
 
-def _texts(parts: Parts, most_characters: int) -> list[str]:
-    """Texts of records, spread over the whole store."""
-    found: list[str] = []
+def _texts(parts: Parts, most_characters: int) -> Iterator[tuple[Row, str]]:
+    """Records with their texts, spread over the whole store."""
     total = sum(row.raw_size for row in _readable(parts))
     every = max(1, -(-total // most_characters))
     rows = (row for i, row in enumerate(_readable(parts)) if i % every == 0)
     for batch in batches(rows, AT_ONCE):
-        for content in parts.contents.of(batch):
+        for row, content in zip(batch, parts.contents.of(batch), strict=True):
             if isinstance(content, bytes):
-                found.append(content.decode("utf-8", "replace"))
-    return found
+                yield row, content.decode("utf-8", "replace")
 
 
 def _readable(parts: Parts) -> Iterator[Row]:
@@ -91,7 +91,7 @@ def _learn_vectors(parts: Parts, notes: list[str], progress: Progress) -> str | 
     if any(row.fidelity == "gist" for row in parts.records.scan(damaged=lambda id, error: None)):
         notes.append("vectors stay as they are, since of gists there is nothing else to make new ones from")
         return None
-    texts = _texts(parts, TRAIN_CHARACTERS)
+    texts = [text for _, text in _texts(parts, TRAIN_CHARACTERS)]
     if len(texts) < FEWEST_TEXTS:
         notes.append(f"vectors stay as they are: {len(texts)} texts are too few to learn from ({FEWEST_TEXTS})")
         return None
@@ -124,8 +124,24 @@ def _learn_vectors(parts: Parts, notes: list[str], progress: Progress) -> str | 
 def _learn_model(parts: Parts, minutes: float) -> tuple[str, float]:
     """A small language model of the store's texts, for the neural codec. Returns: its id, and bits a byte of texts it has not seen."""
     from pantheraml.memory.train import train_model
+    from pantheraml.recipe.types import HardwareAsk
 
-    made = train_model(_texts(parts, TRAIN_CHARACTERS), parts.shared, minutes=minutes, device=parts.device, announce=parts.announce)
+    texts: list[str] = []
+    kinds: list[str] = []
+    for row, text in _texts(parts, TRAIN_CHARACTERS):
+        texts.append(text)
+        kinds.append(row.kind)
+    device = parts.device
+    with TemporaryDirectory(prefix="pantheraml-memory-") as folder:  # it holds texts in the clear
+        made = train_model(
+            texts,
+            Path(folder) / "run",
+            parts.shared,
+            kinds=kinds,
+            minutes=minutes,
+            hardware=HardwareAsk(kind=device.kind, index=device.index),
+            announce=parts.announce,
+        )
     parts.warm.set({MODEL: made.id.hex().encode()})
     parts.open_codecs()
-    return made.id.hex(), made.bits_per_byte
+    return made.id.hex(), made.measured.bits

@@ -57,7 +57,7 @@ class Parts:
             how: dict[str, Any] = {"readonly": readonly, "create": create, "wait_s": wait_s, "announce": announce}
             self.records: Records = stack.enter_context(opened(path, keys=keys, **how))
             readonly = readonly or self.records.readonly
-            self.shared = Shared(path / SHARED, readonly=readonly, announce=announce)
+            self.shared = Shared(path / SHARED, readonly=readonly, announce=announce, seal=lambda: self.records.seal)
             self.cold = Cold(path / COLD, readonly=readonly, announce=announce)
             self.contents = Contents(self.records, self.cold)
             self.open_codecs()
@@ -99,7 +99,7 @@ class Parts:
             return None
         from pantheraml.memory.neural import NeuralCodec
 
-        return NeuralCodec.open(self.shared, bytes.fromhex(id.decode()), device=lambda: self.device)
+        return NeuralCodec(self.shared, bytes.fromhex(id.decode()), device=lambda: self.device)
 
     def close(self) -> None:
         """Ends it, and keeps the index."""

@@ -9,12 +9,17 @@ import threading
 from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import blake3
 
 from pantheraml.errors import StorageError
 
+if TYPE_CHECKING:
+    from pantheraml.memory.seal import Seal
+
 ID_BYTES = 8
+_ABOUT = b"shared"
 _log = getLogger(__name__)
 
 
@@ -25,11 +30,20 @@ class Shared:
 
     Args:
         folder: made if it is not there. readonly: write nothing. announce: hears of each damaged or missing file that was met, once.
+        seal: what seals the files now; None: nothing does. An id is that of the data, not of the sealed file.
     Raises: StorageError if the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, *, readonly: bool = False, announce: Callable[[str], None] = _log.warning) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        readonly: bool = False,
+        announce: Callable[[str], None] = _log.warning,
+        seal: Callable[[], Seal | None] = lambda: None,
+    ) -> None:
         self._folder = folder
+        self._seal = seal
         self._readonly = readonly
         self._announce = announce
         self._announced: set[Path] = set()
@@ -42,9 +56,19 @@ class Shared:
         id = blake3.blake3(data).digest(ID_BYTES)
         with self._lock:
             for path in self._paths(id, suffix):
-                if _sound(path, id) is None:
-                    _write(path, data)
+                if self._sound(path, id) is None:
+                    self._write(path, data)
         return id
+
+    def seal_again(self) -> None:
+        """Everything with the newest data key. Raises: StorageError if the disk refuses, or both files of something are damaged."""
+        for name in {path.name.removesuffix(".copy") for path in self._folder.iterdir()}:
+            if _NAME.fullmatch(name):
+                id, suffix = bytes.fromhex(name.split(".")[0]), name.split(".")[1]
+                data = self.get(id, suffix)
+                with self._lock:
+                    for path in self._paths(id, suffix):
+                        self._write(path, data)
 
     def get(self, id: bytes, suffix: str) -> bytes:
         """The data of an id, from the copy if the file is damaged or gone; that is announced, and mended where we may write.
@@ -53,9 +77,9 @@ class Shared:
         """
         file, copy = self._paths(id, suffix)
         with self._lock:
-            data = _sound(file, id)
+            data = self._sound(file, id)
             if data is None:
-                data = _sound(copy, id)
+                data = self._sound(copy, id)
                 if data is None:
                     raise _lost(file, copy)
                 self._say(file, self._mend(file, data))
@@ -78,7 +102,7 @@ class Shared:
                     continue
                 id, suffix = bytes.fromhex(name.split(".")[0]), name.split(".")[1]
                 both = self._paths(id, suffix)
-                data = [_sound(path, id) for path in both]
+                data = [self._sound(path, id) for path in both]
                 sound = next((each for each in data if each is not None), None)
                 for path, each in zip(both, data, strict=True):
                     if each is None:
@@ -98,7 +122,7 @@ class Shared:
         for name in sorted(names):
             if _NAME.fullmatch(name.removesuffix(".copy")):
                 other = name.removesuffix(".copy") if name.endswith(".copy") else f"{name}.copy"
-                data = None if other in names else _sound(self._folder / name, bytes.fromhex(name.split(".")[0]))
+                data = None if other in names else self._sound(self._folder / name, bytes.fromhex(name.split(".")[0]))
                 if data is not None:
                     self._say(self._folder / other, self._mend(self._folder / other, data))
 
@@ -108,11 +132,25 @@ class Shared:
             raise ValueError(f"{name}: an id has {ID_BYTES} bytes, and a suffix letters and digits")
         return self._folder / name, self._folder / f"{name}.copy"
 
+    def _sound(self, path: Path, id: bytes) -> bytes | None:
+        """What a file holds, if it is what its name says."""
+        seal = self._seal()
+        try:
+            data = path.read_bytes()
+            data = data if seal is None else seal.unseal(data, _ABOUT + id)
+        except (OSError, StorageError):
+            return None
+        return data if blake3.blake3(data).digest(ID_BYTES) == id else None
+
+    def _write(self, path: Path, data: bytes) -> None:
+        seal = self._seal()
+        _write(path, data if seal is None else seal.seal(data, _ABOUT + blake3.blake3(data).digest(ID_BYTES)))
+
     def _mend(self, path: Path, data: bytes) -> str:
         if self._readonly:
             return "the other copy is sound, and used"
         try:
-            _write(path, data)
+            self._write(path, data)
         except StorageError as error:
             return f"the other copy is sound, and used; it was not mended: {error.what}"
         return "mended from its other copy"
@@ -124,15 +162,6 @@ class Shared:
 
 
 _NAME = re.compile(rf"[0-9a-f]{{{2 * ID_BYTES}}}\.[a-z0-9]+")
-
-
-def _sound(path: Path, id: bytes) -> bytes | None:
-    """What a file holds, if it is what its name says."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    return data if blake3.blake3(data).digest(ID_BYTES) == id else None
 
 
 def _state(path: Path) -> str:

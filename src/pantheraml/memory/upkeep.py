@@ -20,9 +20,9 @@ from pantheraml.errors import DataError, StorageError
 from pantheraml.memory.container import DELTA, NEURAL, NEURAL_FLOAT, RAW, ZSTD, ZSTD_DICTIONARY
 from pantheraml.memory.contents import about, with_payload
 from pantheraml.memory.ledger import What
+from pantheraml.memory.parts import DICTIONARIES, Parts
 from pantheraml.memory.policy import TIERS, Entries, plan_moves, worn_segments
 from pantheraml.memory.rows import Row
-from pantheraml.memory.parts import DICTIONARIES, Parts
 from pantheraml.memory.zstd import FEWEST_SAMPLES, MOST_SAMPLE_BYTES
 
 AT_ONCE = 512
@@ -313,6 +313,7 @@ def _seal_again(parts: Parts) -> int:
     count, after = parts.records.count(), 0
     while (last := parts.warm.reseal(after)) is not None:
         after = last
+    parts.shared.seal_again()
     parts.finder.rebuild()  # its files were sealed with an old one, too
     parts.finder.save()
     parts.warm.retire()
