@@ -3,15 +3,16 @@
     python benchmarks/distributed.py [--quick]
     python benchmarks/distributed.py --paper [--quick]
 
-Without --paper: 20 steps on a small model in 2 and 4 processes of this CPU (gloo), with copies (dp), FSDP2 (fsdp), tensor parallel
-(tp) and both, with LoRA, with every weight, and with LoRA on a base in four bits; packed, in several micro-batches, some examples
-without a label. Each run is compared with one process: the losses must be within 1e-6 of it (relative), what was trained within
-1e-5. Every byte that a process hands to a collective is counted, and must be as many as the formula of docs/distributed.md says.
+Without --paper: 20 steps on a small model in 2 and 4 processes of this CPU (gloo), with copies (dp), FSDP2 (fsdp), context parallel
+(cp), tensor parallel (tp), and FSDP2 with each of these, with LoRA, with every weight, and with LoRA on a base in four bits; packed,
+in several micro-batches, some examples without a label. Each run is compared with one process: the losses must be within 1e-6 of it
+(relative), what was trained within 1e-5. Every byte that a process hands to a collective is counted, and must be as many as the
+formula of docs/distributed.md says.
 
 --paper: for Qwen2.5-0.5B, Llama-3.1-8B and Llama-3.1-70B on 1 to 1024 H100 (eight in a machine), with LoRA and with every
 weight, what the planner would choose, how long a step would take, and which share of the devices' speed is left; with every
-weight also where each machine has a copy of its own, which has to be asked for. Every figure of it is predicted, from formulas
-(docs/distributed.md) and figures of vendors: no GPU takes part.
+weight also where each machine has a copy of its own, and with rows of 131,072 tokens that the devices of a machine share; both
+have to be asked for. Every figure of it is predicted, from formulas (docs/distributed.md) and figures of vendors: no GPU takes part.
 
 --quick: fewer runs, or fewer devices. The last line is JSON. The exit status is 1 if a run is not as it must be, or a line on
 paper contradicts itself: more devices that are slower in all than fewer, or a share of speed over 1.
@@ -35,12 +36,21 @@ STEPS = 20
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-6, 1e-5
 RATES = {"lora": 1e-3, "nf4": 1e-3, "full": 1e-4}
 """Learning rates as people take them for each: Adam divides each gradient by its size, so rounding moves a weight in proportion to them."""
-MESHES: tuple[dict[str, int], ...] = ({"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"dp": 4}, {"fsdp": 4}, {"tp": 4}, {"fsdp": 2, "tp": 2})
+MESHES: tuple[dict[str, int], ...] = (
+    *({axis: 2} for axis in ("dp", "fsdp", "cp", "tp")),
+    *({axis: 4} for axis in ("dp", "fsdp", "cp", "tp")),
+    {"fsdp": 2, "cp": 2},
+    {"fsdp": 2, "tp": 2},
+)
 RUNS = (
     *((adapter, mesh, level) for adapter, level in (("lora", "cheap"), ("full", "all")) for mesh in MESHES),
-    *(("nf4", mesh, "cheap") for mesh in MESHES[:2]),
+    *(("nf4", mesh, "cheap") for mesh in MESHES[:3]),
 )
-QUICK_RUNS = (("lora", {"dp": 2}, "cheap"), ("lora", {"tp": 2}, "cheap"), ("full", {"fsdp": 2}, "all"), ("nf4", {"fsdp": 2}, "cheap"))
+QUICK_RUNS = (
+    *(("lora", {axis: 2}, "cheap") for axis in ("dp", "cp", "tp")),
+    ("full", {"fsdp": 2}, "all"),
+    ("nf4", {"fsdp": 2}, "cheap"),
+)
 PATIENCE_S = 600
 
 DEVICES = (1, 2, 8, 16, 64, 256, 1024)
@@ -48,8 +58,26 @@ QUICK_DEVICES = (1, 8, 1024)
 TOKENS_EACH = (16_384, 2048)
 """Tokens of a step for each device: as many as keep one busy, and as few as come of a step that does not grow with the devices."""
 MODELS: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": {"family": "qwen2", "layers": 24, "hidden": 896, "intermediate": 4864, "heads": 14, "kv_heads": 2, "vocab": 151_936},
-    "Llama-3.1-8B": {"family": "llama", "layers": 32, "hidden": 4096, "intermediate": 14_336, "heads": 32, "kv_heads": 8, "vocab": 128_256},
+    "Qwen2.5-0.5B": {
+        "family": "qwen2",
+        "layers": 24,
+        "hidden": 896,
+        "intermediate": 4864,
+        "heads": 14,
+        "kv_heads": 2,
+        "vocab": 151_936,
+        "max_tokens": 32_768,
+    },
+    "Llama-3.1-8B": {
+        "family": "llama",
+        "layers": 32,
+        "hidden": 4096,
+        "intermediate": 14_336,
+        "heads": 32,
+        "kv_heads": 8,
+        "vocab": 128_256,
+        "max_tokens": 131_072,
+    },
     "Llama-3.1-70B": {
         "family": "llama",
         "layers": 80,
@@ -58,10 +86,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "heads": 64,
         "kv_heads": 8,
         "vocab": 128_256,
+        "max_tokens": 131_072,
     },
 }
 """As their config.json has them."""
 TIED = ("Qwen2.5-0.5B",)
+LONG_ROW = 131_072
 PREDICTED = "predicted, not measured"
 
 
@@ -186,8 +216,14 @@ def paper(*, quick: bool) -> int:
         shapes = [shape_of(name) for name in MODELS]
         devices = QUICK_DEVICES if quick else DEVICES
         chosen = scaling_table(shapes, gpu, devices=devices, tokens_each=tokens_each)
-        asked = scaling_table(shapes[1:], gpu, devices=devices, tokens_each=tokens_each, adapters=("full",), in_machine=True)
-        for line in (*map(as_line, chosen), *(as_line(each) | {"asked": True} for each in asked)):
+        asked = scaling_table(shapes[1:], gpu, devices=devices, tokens_each=tokens_each, adapters=("full",), in_machine="fsdp")
+        found = [*map(as_line, chosen), *(as_line(each) | {"asked": "a copy in each machine"} for each in asked)]
+        if tokens_each * links.devices_each >= LONG_ROW:  # a machine has a whole row at least
+            rows = scaling_table(
+                shapes[1:2], gpu, devices=devices, tokens_each=tokens_each, adapters=("lora",), row_tokens=LONG_ROW, in_machine="cp"
+            )
+            found += [as_line(each) | {"asked": f"rows of {LONG_ROW:,}, cp in each machine"} for each in rows]
+        for line in found:
             lines.append(line)
             print(row(line))
     print("\nStep time and share of the devices' speed that is left, by number of devices:\n")
@@ -216,7 +252,6 @@ def shape_of(name: str) -> Any:
         embedding_parameters=embedding,
         linears=layer * layers,
         head_dim=width,
-        max_tokens=32_768,
         packs=True,
         weight_bytes_each=2,
         fused=True,
@@ -275,7 +310,7 @@ def summary(lines: list[dict[str, Any]]) -> list[str]:
     counts = sorted({line["devices"] for line in lines})
     series: dict[tuple[str, ...], dict[int, str]] = {}
     for line in lines:
-        name = (line["model"], line["adapter"] + (", a copy in each machine" if "asked" in line else ""), f"{line['tokens_each']:,}")
+        name = (line["model"], ", ".join((line["adapter"], *([line["asked"]] if "asked" in line else []))), f"{line['tokens_each']:,}")
         axes = " x ".join(line["mesh"]) if "mesh" in line and "asked" not in line else ""
         cell = f"{line['step_s']:.3g} s, {line['efficiency']:.0%}{' ' * bool(axes)}{axes}" if "mesh" in line else "does not fit"
         series.setdefault(name, {})[line["devices"]] = cell
@@ -290,7 +325,7 @@ def contradictions(lines: list[dict[str, Any]]) -> list[str]:
     series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in lines:
         if "refused" not in line:
-            series.setdefault((line["model"], line["adapter"], line["tokens_each"], "asked" in line), []).append(line)
+            series.setdefault((line["model"], line["adapter"], line["tokens_each"], line.get("asked")), []).append(line)
     for each in series.values():
         for few, many in pairwise(each):
             if many["tokens_per_s"] <= few["tokens_per_s"]:

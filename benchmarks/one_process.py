@@ -44,6 +44,7 @@ COLLECTIVES = {
     "broadcast_": ("broadcast", 0),
     "allgather_": ("all_gather", 0),
     "reduce_scatter_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
 }
 
 
@@ -107,6 +108,7 @@ def run(place: Path) -> None:
             metrics = engine.step(batch, k, spec.lr)
         losses.append(engine.read([metrics])[0].loss)
     weights = {name: whole(value) for name, value in engine.state_dict().items() if name.startswith("weight/")}
+    expected += 0 if alone else 4 * len(weights)  # in the first step: whether each has got a gradient
     if alone or dist.get_rank() == 0:
         save_file(weights, place.with_name("weights.safetensors"))
         result = {"losses": losses, "bytes": dict(counted.bytes), "times": dict(counted.times), "formula_bytes": expected}
@@ -174,7 +176,7 @@ def formula(spec: Spec, shape: Any, batch: StepBatch, levels: Any) -> int:
         lora_rank=None if spec.adapter == "full" else 4,
         compute_bytes_each=4,
         levels=levels,
-        tokens=sum(micro.input_ids.size for micro in batch.micro),
+        tokens=sum(_filled(micro.input_ids.size, spec.mesh.get("cp", 1)) for micro in batch.micro),
         labelled=sum(len(micro.labelled) for micro in batch.micro),
         micro_batches=len(batch.micro),
         quantizer="nf4" if spec.adapter == "nf4" else None,
@@ -192,6 +194,10 @@ def whole(value: Any) -> torch.Tensor:
     dist.all_reduce(total)
     dist.all_reduce(held)  # copies are the same, and are counted as often as they are there
     return total / held
+
+
+def _filled(tokens: int, parts: int) -> int:
+    return -(-tokens // parts) * parts
 
 
 def _size(argument: Any) -> int:

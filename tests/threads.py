@@ -17,6 +17,8 @@ T = TypeVar("T")
 class Thread:
     """A `World` of threads, which read what the others wrote on a board."""
 
+    called = "host"
+
     def __init__(self, rank: int, size: int, board: dict[Any, Any], changed: threading.Condition) -> None:
         self.rank, self.size, self._board, self._changed, self._round = rank, size, board, changed, 0
 
@@ -33,7 +35,7 @@ class Thread:
                 assert self._changed.wait_for(lambda rank=rank: (self._round, rank) in self._board, timeout=20)
                 found.append(self._board[self._round, rank])
             if isinstance(found[-1], Exception):
-                raise gave_up(rank, self.size, str(found[-1]))
+                raise gave_up(rank, self.size, str(found[-1]), self.called)
         self._round += 1
         return found
 

@@ -301,17 +301,23 @@ class _Origin:
 
 
 def _loading_device(spec: ModelSpec, device: Device, dtype: Any, quantizer: str | None) -> torch.device:
-    """Where this process loads a model. One of several waits on the host where the whole has no room: it will be divided."""
+    """Where this process loads a model. One of several waits on the host where the whole has no room: it will be divided.
+
+    Raises: DeviceError if the host has no room for it either.
+    """
     from pantheraml.engines.open import loading_device
     from pantheraml.hardware.backend import backend_of
-    from pantheraml.models.load import read_shape
+    from pantheraml.models.load import read_config, read_shape
     from pantheraml.planning.base import base_bytes_each
     from pantheraml.planning.batch import HEADROOM
+    from pantheraml.trainer.run import check_host_room
 
     too_large = False
     if read_processes().world_size > 1 and not in_host_memory(device.kind) and device.free_bytes is not None:
         shape = read_shape(spec)
         too_large = shape.parameters * base_bytes_each(shape, dtype, quantizer) > HEADROOM * device.free_bytes
+        if too_large:
+            check_host_room(shape, dtype, str(read_config(spec).dtype or "float32").removeprefix("torch."), quantizer)
     return loading_device(backend_of(device), device.index, divided=too_large)
 
 
@@ -573,7 +579,7 @@ class Trainer:
             backend = backend_of(planned.device)
             if (planned.quantizer == "int8" or planned.quantizer == "fp8") and backend.engine == "torch":
                 to_eight_bits(self.model, planned.quantizer)  # which get_peft_model has done, unless PEFT made the adapter
-            planned = agreed(isolated(self.model, planned, recipe, console), world)
+            planned = agreed(planned if world.rank else isolated(self.model, planned, recipe, console), world)
             backend.set_threads(planned.threads)
             write_json(folder / PLAN, planned.to_dict())
             with together(world):

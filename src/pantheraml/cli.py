@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pantheraml.cli_memory import memory_app
 from pantheraml.errors import PantheraError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pantheraml.distributed.crew import Crew
     from pantheraml.recipe.types import Recipe
     from pantheraml.trainer.runs import Loaded
 
@@ -39,6 +41,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training 
 recipe_app = typer.Typer(no_args_is_help=True, help="What a recipe can say: explain, schema.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(memory_app, name="memory")
 
 Words = Annotated[
     list[str], typer.Argument(metavar="MODEL DATA | RECIPE.yaml [KEY=VALUE]...", help="What to train on what, and what to change.")
@@ -425,11 +428,11 @@ def _disk(out: str) -> Iterator[None]:
 
 def _train(recipe: Recipe, *, resume: bool, as_json: bool) -> None:
     with _interruptible():
-        from pantheraml.distributed.launch import count_processes
+        from pantheraml.distributed.crew import count_crew
 
-        processes = count_processes(recipe.hardware)
-    if processes > 1:
-        raise typer.Exit(_launch(recipe, processes, resume=resume, as_json=as_json))
+        crew = count_crew(recipe.hardware)
+    if crew.size > 1:
+        raise typer.Exit(_launch(recipe, crew, resume=resume, as_json=as_json))
     with _working():
         from pantheraml.trainer.run import train as run_recipe
 
@@ -454,11 +457,12 @@ def _train(recipe: Recipe, *, resume: bool, as_json: bool) -> None:
     print(f"next:\n  pantheraml chat {folder}{compare}\n  pantheraml eval {folder}\n  pantheraml export {folder} --to ollama")
 
 
-def _launch(recipe: Recipe, processes: int, *, resume: bool, as_json: bool) -> int:
+def _launch(recipe: Recipe, crew: Crew, *, resume: bool, as_json: bool) -> int:
     """The same run in several processes, one for each device; its exit code."""
+    from pantheraml.distributed.crew import Elastic
     from pantheraml.distributed.launch import launch
     from pantheraml.recipe.load import dump_recipe
-    from pantheraml.trainer.folder import LOGS, choose_folder
+    from pantheraml.trainer.folder import CHECKPOINTS, LOGS, choose_folder
 
     folder = choose_folder(recipe, resume)  # once, so that all processes go to the same one
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": folder.name})})
@@ -468,12 +472,13 @@ def _launch(recipe: Recipe, processes: int, *, resume: bool, as_json: bool) -> i
         words = [*(["--resume"] if resume else []), *(["--json"] if as_json else [])]
         return launch(
             [sys.executable, "-m", "pantheraml", "train", str(asked), *words],
-            processes=processes,
+            crew=crew,
             folder=folder / LOGS,
             restarts=recipe.hardware.restarts,
             hang_s=recipe.hardware.timeout_s,
             announce=lambda said: _err().print(said, markup=False, highlight=False),
             environment=os.environ,
+            elastic=Elastic(recipe.hardware, crew, lambda: sorted(place.name for place in (folder / CHECKPOINTS).glob("step-*"))),
         )
 
 

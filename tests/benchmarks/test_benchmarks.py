@@ -146,7 +146,7 @@ def test_train_gpu_runs_without_one(tmp_path):
 def test_distributed(tmp_path):
     result = last_line(run("distributed.py", "--quick", cwd=tmp_path))
     assert result["ok"] is True
-    assert [line["adapter"] for line in result["lines"]] == ["lora", "lora", "full", "nf4"]
+    assert [line["adapter"] for line in result["lines"]] == ["lora", "lora", "lora", "full", "nf4"]
     for line in result["lines"]:
         assert line["loss"] <= 1e-6 and line["weights"] <= 1e-5
         assert line["bytes"] == line["formula_bytes"] > 0

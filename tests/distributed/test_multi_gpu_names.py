@@ -239,7 +239,7 @@ def test_what_two_processes_refuse_is_said(together: tuple[Path, str]) -> None:
         "use_multi_gpu=False, and torchrun has started 2 processes",
         "this process has only a part of the model",
         "each process has only a part of this model",
-        "host 1 of 2 has read other rows than host 0",
+        "process 1 of 2 has read other rows than process 0",
     ):
         assert text in said, text
     assert said.count("refused: ") == 2 * 6
@@ -258,6 +258,7 @@ def test_what_two_processes_refuse_is_said(together: tuple[Path, str]) -> None:
         ({"tensor_parallel": True, "tensor_parallel_size": 4}, {"tp": 4}),
         ({"tensor_parallel": True, "parallel": "fsdp_tp"}, {"parallel": "fsdp_tp"}),
         ({"parallel": "fsdp"}, {"parallel": "fsdp"}),
+        ({"parallel": "cp", "data_parallel_size": 2}, {"parallel": "cp", "dp": 2}),
         ({"auto_device_map": False}, {"parallel": "ddp"}),
         ({"use_gradient_checkpointing": True}, {"checkpointing": "on"}),
         ({"use_gradient_checkpointing": False}, {"checkpointing": "off"}),
@@ -287,6 +288,7 @@ def test_a_configuration_becomes_keys_of_a_recipe(said: dict[str, Any], keys: di
         ({"parallel": "zero3"}, "parallel='zero3') is not known"),
         ({"num_gpus": 8, "tensor_parallel_size": 3}, "num_gpus=8) does not go with data_parallel_size=1 and tensor_parallel_size=3"),
         ({"parallel": "ddp", "tensor_parallel_size": 2}, "parallel='ddp') contradicts tensor parallelism"),
+        ({"parallel": "cp", "tensor_parallel_size": 2}, "parallel='cp') contradicts tensor parallelism"),
         ({"auto_device_map": False, "tensor_parallel": True}, "auto_device_map=False) contradicts tensor parallelism"),
         ({"auto_device_map": False, "parallel": "fsdp"}, "auto_device_map=False) contradicts parallel='fsdp'"),
     ],
@@ -512,6 +514,10 @@ def test_a_process_without_room_for_the_whole_loads_it_on_the_host(monkeypatch: 
         origin = _origin(model)
         assert seen[-1] is wanted and (origin.device, origin.index) == ("cuda", 1)
         assert _index(model, replace(origin, on_host=True)) == 0  # a recipe has that of the first process
+    at(monkeypatch, Inventory(devices=tuple(replace(each, free_bytes=1_900_000) for each in h100s(2).devices)))
+    monkeypatch.setattr("pantheraml.trainer.run.usable_memory", lambda: (GIB, 2_000_000))  # two processes, 1,611,264 bytes each
+    with pytest.raises(DeviceError, match=r"2 processes would read all of tiny:llama in bfloat16"):
+        FastLanguageModel.from_pretrained("tiny:llama", dtype="bfloat16", use_multi_gpu=True)
 
 
 def test_a_model_must_be_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:

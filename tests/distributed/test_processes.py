@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from pantheraml.errors import RecipeError
+import pytest
+from tests.fakes import h100s
+
+from pantheraml.errors import DeviceError, RecipeError
+from pantheraml.hardware.find import find_own
 from pantheraml.hardware.processes import Processes, read_processes
+from pantheraml.recipe.types import HardwareAsk
 
 TORCHRUN = {
     "RANK": "5",
@@ -21,7 +26,7 @@ TORCHRUN = {
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*TORCHRUN, "PANTHERAML_LOGS", "PANTHERAML_LAUNCHER"):
+    for name in (*TORCHRUN, "PANTHERAML_DEVICES", "PANTHERAML_LOGS", "PANTHERAML_LAUNCHER"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -75,3 +80,34 @@ def test_one_process_alone_needs_no_place_to_meet(monkeypatch: pytest.MonkeyPatc
 def test_a_rank_without_a_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="RANK=1 and WORLD_SIZE=1"):
         said(monkeypatch, RANK="1")
+
+
+# ---- The device of each ------------------------------------------------------------------------------------------
+
+
+def own(monkeypatch: pytest.MonkeyPatch, answered: tuple[int, ...], size: int, devices: str = "") -> list[tuple[str, list[int]]]:
+    """(device, which others it knows of the same kind) of each of the processes of a machine, with these GPUs."""
+    here = replace(h100s(8), devices=tuple(each for each in h100s(8).devices if each.kind == "cpu" or each.index in answered))
+    monkeypatch.setattr("pantheraml.hardware.find.detect", lambda *_, **__: here)
+    found = []
+    for rank in range(size):
+        local = {name: str(rank if name.endswith("RANK") else size) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        said(monkeypatch, MASTER_ADDR="localhost", MASTER_PORT="1", PANTHERAML_DEVICES=devices, **local)
+        mine = find_own(HardwareAsk(devices="all"))
+        found.append((str(mine.device), [each.index for each in mine.inventory.devices if each.kind == "cuda"]))
+    return found
+
+
+def test_each_process_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own(monkeypatch, (0, 1, 2), 2) == [("cuda:0", [0, 1, 2]), ("cuda:1", [0, 1, 2])]
+    with pytest.raises(DeviceError, match="there is no cuda:1; here is cuda:0"):
+        own(monkeypatch, (0, 2, 3), 2)
+    with pytest.raises(DeviceError, match="3 processes were started on this machine, and 2 of kind cuda answered"):
+        own(monkeypatch, (1, 4), 3)
+
+
+def test_where_the_launcher_has_counted_each_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own(monkeypatch, (0, 1, 2, 3), 2, "[0, 3]") == [("cuda:0", [0, 3]), ("cuda:3", [0, 3])]
+    assert own(monkeypatch, (0, 1, 2, 3), 1, "[2]") == [("cuda:2", [2])]
+    with pytest.raises(DeviceError, match="there is no cuda:3"):
+        own(monkeypatch, (0, 1, 2), 2, "[0, 3]")

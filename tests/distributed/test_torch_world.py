@@ -58,14 +58,15 @@ def values() -> dict[str, torch.Tensor]:
     }
 
 
-def run(program: str, size: int = 2) -> list[tuple[int, str]]:
-    """The program in so many processes: (exit code, what it printed), by rank."""
+def run(program: str, size: int = 2, attempts: tuple[int, ...] = (0, 0, 0)) -> list[tuple[int, str]]:
+    """The program in so many processes: (exit code, what it printed), by rank. attempts: as torchrun has counted them on each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(size):
         said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        said["TORCHELASTIC_RESTART_COUNT"] = attempts[rank]
         given = {name: str(value) for name, value in said.items()}
         environment = {**os.environ, **given, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         words = [sys.executable, "-c", PRELUDE + textwrap.dedent(program)]
@@ -114,6 +115,17 @@ def test_processes_hear_each_other_share_values_and_can_meet_again() -> None:
     for code, printed in done:
         assert code == 0 and printed.endswith("through\n"), printed
         assert "Waiting for 3 processes to meet at 127.0.0.1:" in printed
+
+
+def test_a_machine_that_has_come_later_and_counts_its_attempts_from_0_finds_the_others() -> None:
+    """torchrun keeps that number on each machine for itself."""
+    done = run("""
+        world = join()
+        assert world.gathered(str(rank)) == ["0", "1"]
+        print("through")
+    """, attempts=(2, 0))  # fmt: skip
+    for code, printed in done:
+        assert code == 0 and printed.endswith("through\n"), printed
 
 
 @pytest.mark.parametrize("giver", [0, 1])

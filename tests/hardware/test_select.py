@@ -115,6 +115,16 @@ def test_select_refuses_a_cpu_that_is_not_allowed() -> None:
     assert select(laptop(), HardwareAsk(kind="cpu", allow_cpu=False))[0].kind == "cpu"
 
 
+def test_where_no_index_is_said_the_first_that_answered_is_taken() -> None:
+    gone = Absent(kind="cuda", why="cuda:0 (Fake H100) did not answer: it is lost", fix="reset it")
+    here = Inventory(devices=h100s(3).devices[1:], absent=(gone,))
+    for ask, reason in ((HardwareAsk(), "the first that answered"), (HardwareAsk(kind="cuda"), "the recipe asks for it")):
+        device, why = select(here, ask)
+        assert str(device) == "cuda:1" and why == f"{reason}; cuda:0 (Fake H100) did not answer: it is lost"
+    with pytest.raises(DeviceError, match="there is no cuda:0"):
+        select(here, HardwareAsk(index=0))
+
+
 def test_select_refuses_a_missing_index() -> None:
     with pytest.raises(DeviceError, match=r"there is no cuda:8") as caught:
         select(h100s(2), HardwareAsk(kind="cuda", index=8))

@@ -485,6 +485,24 @@ def test_what_was_saved_is_what_is_loaded(saved):
     assert again.search(vectors_of(1, seed=8)[0], 1, tenant="b").ids.tolist() == [1000]
 
 
+def test_a_mapped_graph_can_be_saved_elsewhere_and_lose_its_file(saved, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(hot_file, "BEHIND", 0)
+    hot, folder = saved
+    again, elsewhere = Hot(D, graph_from=100), tmp_path_factory.mktemp("elsewhere")
+    load_index(again, folder)
+    save_index(again, elsewhere, stamp="seq 7")
+    third = Hot(D, graph_from=100)
+    assert load_index(third, elsewhere) == "seq 7"
+    for path in elsewhere.iterdir():
+        path.unlink()
+    query = vectors_of(1, seed=1)[0]
+    assert third.search(query, 9, tenant="b").ids.tolist() == hot.search(query, 9, tenant="b").ids.tolist()
+    third.add([entry_of(1000, "b")], vectors_of(1, seed=8))
+    third.catch_up()
+    assert third.behind() == 0
+    assert third.search(vectors_of(1, seed=8)[0], 1, tenant="b").ids.tolist() == [1000]
+
+
 def test_only_what_changed_is_written_again(saved):
     hot, folder = saved
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}

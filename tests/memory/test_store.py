@@ -273,3 +273,19 @@ def memory_readable(memory: Memory) -> list[str]:
         except StorageError:
             pass
     return found
+
+
+def test_a_gist_keeps_what_a_record_is_about_and_says_so(tmp_path: Path):
+    text = "Sales of anchors rose in spring, and fell in autumn. " * 20
+    with Memory.open(tmp_path, summarise=lambda texts: ["anchors sold well" for _ in texts]) as memory:
+        memory.put("exact", text)
+        memory.put("gist", text, fidelity="gist")
+        found = memory.get("gist")
+        assert not found.exact and found.content == "anchors sold well" and found.info.fidelity == "gist"
+        assert found.score is not None and 0 < found.score < 1 and found.info.stored_bytes < 60
+        assert {hit.key for hit in memory.search("sales of anchors", 2)} == {"exact", "gist"}
+        memory.delete("exact")
+        assert memory.put("again", text).same_as is None and memory.get("again").content == text
+        with pytest.raises(DataError, match="is bytes"):
+            memory.put("b", b"123", fidelity="gist")
+        assert memory.compact() and memory.verify().problems == ()

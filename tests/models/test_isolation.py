@@ -35,3 +35,11 @@ def test_a_model_that_looks_along_the_whole_row_is_found_out(small: Any) -> None
         model.model.layers[0].mlp.register_forward_hook(mixed)
     assert shape_of(model, "llama").packs  # nothing in its modules says so
     assert not keeps_apart(model)
+
+
+def test_a_model_on_the_host_is_tried_without_the_attention_that_needs_a_gpu(small: Any) -> None:
+    for family in ("qwen2", "falcon_h1"):
+        model = small(family)
+        model.config._attn_implementation = "flash_attention_2"  # as it is loaded where a GPU is, to be divided
+        assert keeps_apart(model) == (family == "qwen2")
+        assert model.config._attn_implementation == "flash_attention_2"

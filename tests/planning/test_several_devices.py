@@ -41,20 +41,33 @@ def meshes(count: int = 8, processes: int | None = None, **asked: Any) -> list[d
 
 # How many, and how they are arranged.
 
+ROWS_OF_8 = [{"dp": 4, "cp": 2}, {"fsdp": 4, "cp": 2}, {"dp": 2, "cp": 4}, {"fsdp": 2, "cp": 4}, {"cp": 8}]
+"""Meshes of eight devices that share rows."""
+
 
 @pytest.mark.parametrize(
     ("asked", "possible"),
     [
         ({}, [{}]),
         ({"devices": 1, "parallel": "fsdp"}, [{}]),
-        ({"devices": "all"}, [{"dp": 8}, {"fsdp": 8}, {"fsdp": 4, "tp": 2}, {"fsdp": 2, "tp": 4}, {"tp": 8}]),
-        ({"devices": 6}, [{"dp": 6}, {"fsdp": 6}, {"fsdp": 3, "tp": 2}]),
+        ({"devices": "all"}, [{"dp": 8}, {"fsdp": 8}, *ROWS_OF_8, {"fsdp": 4, "tp": 2}, {"fsdp": 2, "tp": 4}, {"tp": 8}]),
+        ({"devices": 6}, [{"dp": 6}, {"fsdp": 6}, {"dp": 3, "cp": 2}, {"fsdp": 3, "cp": 2}, {"fsdp": 3, "tp": 2}]),
         ({"devices": 3}, [{"dp": 3}, {"fsdp": 3}]),
         # What is said is kept, and what is left open fills the rest.
         ({"dp": 2}, [{"dp": 2}]),
         ({"fsdp": 4}, [{"fsdp": 4}]),
         ({"dp": 2, "fsdp": 2, "tp": 2}, [{"dp": 2, "fsdp": 2, "tp": 2}]),
-        ({"devices": 8, "dp": 2}, [{"dp": 2, "fsdp": 4}, {"dp": 2, "fsdp": 2, "tp": 2}, {"dp": 2, "tp": 4}]),
+        (
+            {"devices": 8, "dp": 2},
+            [{"dp": 2, "fsdp": 4}, {"dp": 2, "fsdp": 2, "cp": 2}, {"dp": 2, "cp": 4}, {"dp": 2, "fsdp": 2, "tp": 2}, {"dp": 2, "tp": 4}],
+        ),
+        ({"cp": 2}, [{"cp": 2}]),
+        ({"fsdp": 2, "cp": 2}, [{"fsdp": 2, "cp": 2}]),
+        ({"devices": 8, "cp": 2}, [{"dp": 4, "cp": 2}, {"fsdp": 4, "cp": 2}]),
+        ({"devices": 8, "fsdp": 1, "cp": 4}, [{"dp": 2, "cp": 4}]),
+        ({"devices": 8, "parallel": "cp"}, [{"cp": 8}]),
+        ({"devices": 8, "parallel": "cp", "dp": 4}, [{"dp": 4, "cp": 2}]),
+        ({"devices": 8, "parallel": "cp", "dp": 2, "cp": 4}, [{"dp": 2, "cp": 4}]),
         ({"devices": 8, "tp": 2}, [{"dp": 4, "tp": 2}, {"fsdp": 4, "tp": 2}]),
         ({"devices": 8, "fsdp": 1, "tp": 4}, [{"dp": 2, "tp": 4}]),
         ({"devices": 8, "parallel": "ddp"}, [{"dp": 8}]),
@@ -71,9 +84,20 @@ def test_the_meshes_that_a_recipe_leaves_open(asked: dict[str, Any], possible: l
     assert meshes(**asked) == possible
 
 
+def test_each_machine_may_have_a_copy_in_parts() -> None:
+    inventory = h100s(8)
+    for machines, first in ((1, [{"dp": 16}, {"fsdp": 16}]), (2, [{"dp": 16}, {"dp": 2, "fsdp": 8}, {"fsdp": 16}])):
+        found, _ = process_meshes(HardwareAsk(), inventory.devices[0], inventory, collective="nccl", processes=16, machines=machines)
+        assert found[: len(first)] == first
+        for asked in ({"parallel": "fsdp"}, {"dp": 4}):  # what is said is kept
+            ask = HardwareAsk.model_validate(asked)
+            kept, _ = process_meshes(ask, inventory.devices[0], inventory, collective="nccl", processes=16, machines=machines)
+            assert kept[0] == ({"fsdp": 16} if "parallel" in asked else {"dp": 4, "fsdp": 4})
+
+
 def test_every_mesh_has_as_many_places_as_there_are_devices() -> None:
     for count in range(2, 33):
-        for asked in ({}, {"parallel": "fsdp"}, {"parallel": "ddp"}, {"parallel": "tp"}):
+        for asked in ({}, {"parallel": "fsdp"}, {"parallel": "ddp"}, {"parallel": "cp"}, {"parallel": "tp"}):
             assert {math.prod(mesh.values()) for mesh in meshes(32, devices=count, **asked)} == {count}
 
 
@@ -96,6 +120,12 @@ def test_a_launcher_says_how_many_there_are() -> None:
         ({"devices": 8, "parallel": "ddp", "fsdp": 2}, "hardware.parallel=ddp, and hardware.fsdp=2", "leave one of them out"),
         ({"devices": 8, "parallel": "fsdp", "tp": 2}, "hardware.parallel=fsdp, and hardware.tp=2", "leave one of them out"),
         ({"devices": 8, "parallel": "tp", "fsdp": 2}, "hardware.parallel=tp, and hardware.fsdp=2", "leave one of them out"),
+        ({"devices": 8, "parallel": "fsdp", "cp": 2}, "hardware.parallel=fsdp, and hardware.cp=2", "leave one of them out"),
+        ({"devices": 8, "parallel": "tp", "cp": 2}, "hardware.parallel=tp, and hardware.cp=2", "leave one of them out"),
+        ({"devices": 8, "parallel": "cp", "fsdp": 2}, "hardware.parallel=cp, and hardware.fsdp=2", "leave one of them out"),
+        ({"devices": 8, "parallel": "cp", "tp": 2}, "hardware.parallel=cp, and hardware.tp=2", "leave one of them out"),
+        ({"devices": 8, "cp": 2, "tp": 2}, "hardware.cp=2, and hardware.tp=2", "leave hardware.tp out"),
+        ({"devices": 8, "cp": 3}, "cp 3 does not come to 8 devices", "let the product"),
         ({"devices": 8, "parallel": "fsdp", "fsdp": 1}, "hardware.parallel=fsdp, and hardware.fsdp=1", "leave one of them out"),
         ({"devices": 8, "fsdp": 4}, "fsdp 4 does not come to 8 devices", "set hardware.dp to 2"),
         ({"devices": 8, "fsdp": 2, "tp": 2}, "fsdp 2 x tp 2 does not come to 8 devices", "set hardware.dp to 2"),
@@ -117,15 +147,18 @@ def test_what_contradicts_itself_is_refused_with_the_fix(asked: dict[str, Any], 
 def test_devices_that_cannot_talk_train_alone() -> None:
     inventory = Inventory(devices=(fake_device("mps"),))
     assert process_meshes(HardwareAsk(), inventory.devices[0], inventory) == ([{}], "there is one of kind mps")
-    for asked in (HardwareAsk(devices=2), HardwareAsk(dp=2), HardwareAsk(parallel="fsdp", fsdp=2)):
+    for asked in (HardwareAsk(devices=2), HardwareAsk(dp=2), HardwareAsk(cp=2), HardwareAsk(parallel="fsdp", fsdp=2)):
         with pytest.raises(DeviceError, match="several devices of kind mps cannot train together"):
             process_meshes(asked, inventory.devices[0], inventory)
 
 
 def test_a_tpu_says_it_by_its_axes() -> None:
     device = replace(fake_device("tpu"), simulated=False)
-    with pytest.raises(RecipeError, match=r"hardware\.parallel=fsdp, but tpu:0 is a TPU"):
-        choose_mesh(HardwareAsk(parallel="fsdp"), device, Inventory(devices=(device,)), LLAMA)
+    for said in ({"parallel": "fsdp"}, {"parallel": "cp"}, {"cp": 2}):
+        ((name, value),) = said.items()
+        with pytest.raises(RecipeError, match=rf"hardware\.{name}={value}, but tpu:0 is a TPU") as caught:
+            choose_mesh(HardwareAsk.model_validate(said), device, Inventory(devices=(device,)), LLAMA)
+        assert caught.value.fix == f"leave hardware.{name} out"
 
 
 # What is chosen for the memory that is there.
@@ -155,17 +188,31 @@ def test_copies_where_they_fit_and_else_parts(count: int, memory_gib: int, adapt
         assert reason == f"all {count} that are here: copies of the model, since it fits on each"
 
 
-def test_products_are_divided_where_parts_of_the_weights_do_not_do() -> None:
-    # One row of 128k tokens: what a single layer works with does not fit beside the parts.
+def test_rows_are_divided_where_parts_of_the_weights_do_not_do() -> None:
+    # One row of 128k tokens: what a single layer works with does not fit beside the parts, but half of it does.
     asked = {"model": {"name": "fake", "max_tokens": 131_072}}
     inventory = h100s(8, memory_gib=12)
     made = plan({"devices": "all"}, LLAMA, inventory, **asked)
-    assert made.mesh == {"fsdp": 4, "tp": 2}
-    assert "parts of every weight, and parts of the products, since with fsdp 8 training needs" in made.reasons["devices"]
+    assert made.mesh == {"fsdp": 4, "cp": 2} and made.micro_tokens == 131_072
+    assert "parts of every weight, and parts of every long row, since with dp 4 x cp 2 training needs" in made.reasons["devices"]
+    small = plan({"devices": "all"}, SMALL, h100s(8, memory_gib=1.4), **asked)
+    assert small.mesh == {"dp": 4, "cp": 2}
+    assert small.reasons["devices"].startswith(
+        "all 8 that are here: copies of the model, and parts of every long row, since with fsdp 8 training needs"
+    )
     for parallel in ("ddp", "fsdp"):
         with pytest.raises(DeviceError, match="training needs") as caught:
             plan({"devices": "all", "parallel": parallel}, LLAMA, inventory, **asked)
         assert "set hardware.parallel to auto" in caught.value.fix
+
+
+def test_products_are_divided_where_a_layer_is_too_large() -> None:
+    wide = replace(decoder_shape(layers=8, hidden=16384, intermediate=65536, heads=128, kv_heads=8, head_dim=128, vocab=32000), fused=True)
+    made = plan({"devices": "all"}, wide, h100s(8, memory_gib=24), longest_example=128)
+    assert (
+        made.mesh == {"fsdp": 2, "tp": 4}
+        and "parts of every weight, and parts of the products, since with fsdp 4 x tp 2" in made.reasons["devices"]
+    )
 
 
 def test_what_one_device_cannot_all_of_them_may() -> None:
@@ -192,6 +239,9 @@ def test_what_one_device_cannot_all_of_them_may() -> None:
         ({"tp": 8}, {}, "hardware.tp=8 does not divide the 4 heads of keys of fake/1b", "set it to a divisor of 4"),
         ({"tp": 2}, {"shape": replace(SMALL, family="phi3")}, "hardware.tp=2 cannot divide the layers of fake/1b", "parallel=fsdp divides any model"),
         ({"tp": 2}, {"shape": replace(SMALL, fused=False)}, "the kernels do not compute the layers", "leave hardware.tp out"),
+        ({"cp": 8}, {}, "hardware.cp=8 does not divide the 4 heads of keys of fake/1b", "set it to a divisor of 4"),
+        ({"cp": 2}, {"shape": replace(SMALL, fused=False)}, "hardware.cp=2, but the kernels do not compute the layers", "leave hardware.cp out"),
+        ({"fsdp": 2, "cp": 2}, {"model": {"name": "fake", "load_in_8bit": True}}, "hardware.fsdp=2, but the base is held in 8 bits", "parallel to ddp"),
         ({"tp": 2}, {"shape": replace(SMALL, intermediate=1535)}, "does not divide the 1535 gates of the MLP", "set it to a divisor of 1535"),
     ],
 )  # fmt: skip
@@ -206,6 +256,12 @@ def test_what_can_be_divided_is() -> None:
     for mesh, model in (({"dp": 2}, eight), ({"dp": 2}, four), ({"fsdp": 2}, four), ({"dp": 2, "fsdp": 2}, four)):
         assert plan(mesh, model=model, quantizers=("nf4", "int8")).mesh == mesh
     assert plan({"fsdp": 2}, replace(SMALL, family="phi3"), adapter="full").mesh == {"fsdp": 2}
+    for model in (four, eight):
+        assert plan({"cp": 2}, model=model, quantizers=("nf4", "int8")).mesh == {"cp": 2}
+    assert plan({"cp": 2}, adapter="full", optim={"states": "8bit"}).mesh == {"cp": 2}
+    # Dropout, DoRA, and families that store matrices as one exchange heads like all others; gates need not divide.
+    assert plan({"cp": 2}, adapter={"kind": "lora", "dropout": 0.1}).mesh == {"cp": 2}
+    assert plan({"cp": 4}, replace(SMALL, family="phi3", intermediate=1535)).mesh == {"cp": 4}
     assert plan({"fsdp": 2}, optim={"states": "8bit"}).mesh == {"fsdp": 2}  # of adapters, which are whole
     # What is refused is not chosen either: eight bits stay whole, and what does not fit then is an error.
     with pytest.raises(DeviceError, match="training needs") as caught:
@@ -214,7 +270,7 @@ def test_what_can_be_divided_is() -> None:
 
 
 def test_layers_in_which_devices_meet_are_neither_compiled_nor_recorded() -> None:
-    for axes in ({"fsdp": 2}, {"tp": 2}):
+    for axes in ({"fsdp": 2}, {"cp": 2}, {"tp": 2}):
         made = plan(axes)
         assert (made.compile, made.graphs) == (False, False)
         assert made.reasons["graphs"] == made.reasons["compile"] == "devices exchange weights or activations in the middle of each layer"
@@ -285,6 +341,22 @@ def test_products_that_are_divided_keep_a_part_of_what_they_keep() -> None:
     assert whole - kept[2] == pytest.approx(divided / 2, rel=0.05)  # and a little that a layer works with
 
 
+def test_rows_that_are_divided_need_a_part_of_what_a_row_needs() -> None:
+    asked: dict[str, Any] = {"batch": {"micro_tokens": 8192}, "longest_example": 8192, "model": {"name": "fake", "max_tokens": 8192}}
+    made = {cp: plan({"devices": 8, "cp": cp, "checkpointing": "off"}, LLAMA, **asked).memory for cp in (1, 2, 4, 8)}
+    # All of it but what attention gives, which each device then has twice: of the tokens before the exchange, and of those after it.
+    twice = 32 * 8192 * 2 * 4096
+    for cp in (2, 4, 8):
+        assert made[cp].activations_bytes == pytest.approx((made[1].activations_bytes + twice) / cp, rel=0.02)
+    assert made[1].weights_bytes == made[8].weights_bytes
+    filled = [plan({"cp": 8, "checkpointing": "off"}, LLAMA, **{**asked, "batch": {"micro_tokens": n}}).memory for n in (8193, 8200)]
+    assert filled[0] == filled[1]
+    # Those that share rows need the same weights: with FSDP they have them in parts.
+    assert weights(plan({"fsdp": 4, "cp": 2}, LLAMA)) == weights(plan({"fsdp": 8}, LLAMA))
+    trained = [plan({**axes, "checkpointing": "on"}, LLAMA, adapter="full").memory for axes in ({"fsdp": 4, "cp": 2}, {"fsdp": 8})]
+    assert trained[0].gradients_bytes == trained[1].gradients_bytes and trained[0].optimizer_bytes == trained[1].optimizer_bytes
+
+
 def test_more_parts_never_need_more_memory() -> None:
     for adapter in ("lora", "full"):
         needs = [
@@ -303,6 +375,9 @@ def test_each_process_takes_its_share_of_a_step() -> None:
     # Those that share products share examples.
     assert plan({"tp": 4}, SMALL, batch={"size": 64}, longest_example=512).micro_tokens == 16384
     assert plan({"dp": 2, "tp": 4}, SMALL, batch={"size": 16}, longest_example=512).micro_tokens == 4096
+    # So do those that share tokens, of which each computes a part: together they are busy with more.
+    assert plan({"cp": 4}, SMALL, batch={"size": 256}, longest_example=512).micro_tokens == 65536
+    assert plan({"dp": 2, "cp": 4}, SMALL, batch={"size": 16}, longest_example=512).micro_tokens == 4096
     few = plan({"devices": 8}, SMALL, batch={"size": 6})
     assert "a step has 6 examples, so 2 of 8 shares of it are empty (see batch.size)" in few.reasons["devices"]
 

@@ -132,7 +132,7 @@ class Counted(TorchDispatchMode):
         name = func.name()
         if name.startswith("c10d::"):
             kinds = {"allreduce_": ("all_reduce", args[0]), "_allgather_base_": ("all_gather", args[:1])}
-            kinds["_reduce_scatter_base_"] = ("reduce_scatter", args[1:2])
+            kinds |= {"_reduce_scatter_base_": ("reduce_scatter", args[1:2]), "alltoall_base_": ("all_to_all", args[1:2])}
             kind, buffers = kinds[name.removeprefix("c10d::")]
             self.found[kind][0] += sum(each.numel() * each.element_size() for each in buffers)
             self.found[kind][1] += 1
@@ -189,15 +189,17 @@ def process(mesh: dict[str, int], adapter: str, family: str, level: Level, dtype
 def counted(mesh: dict[str, int], adapter: str, family: str, level: Level, dtype: str) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Kind of collective -> (payload bytes, calls) of one step: counted, and by formula."""
     ready = process(mesh, adapter, family, level, dtype)
+    ready.engine.step(ready.batch, 0, 1e-3)  # the first one also asks whether every parameter has got a gradient
     with Counted() as found:
-        ready.engine.step(ready.batch, 0, 1e-3)
+        ready.engine.step(ready.batch, 1, 1e-3)
+    cp = mesh.get("cp", 1)
     traffic = step_traffic(
         ready.shape,
         mesh,
         lora_rank=RANK if adapter == "lora" else None,
         compute_bytes_each=getattr(torch, dtype).itemsize,
         levels=ready.levels,
-        tokens=sum(each.input_ids.size for each in ready.batch.micro),
+        tokens=sum(-(-each.input_ids.size // cp) * cp for each in ready.batch.micro),
         labelled=sum(len(each.labelled) for each in ready.batch.micro),
         micro_batches=2,
     )
@@ -208,10 +210,15 @@ def counted(mesh: dict[str, int], adapter: str, family: str, level: Level, dtype
     assert traffic.payload_bytes == sum(size for size, _ in formula.values())
     assert traffic.all_reduce_bytes + traffic.tp_all_reduce_bytes == formula["all_reduce"][0]
     assert (traffic.all_gather_bytes, traffic.reduce_scatter_bytes) == (formula["all_gather"][0], formula["reduce_scatter"][0])
+    assert traffic.all_to_all_bytes == formula["all_to_all"][0]
     return dict(found.found), {kind: each for kind, each in formula.items() if each[0]}
 
 
-MESHES = [{"dp": 4}, {"fsdp": 3}, {"dp": 2, "fsdp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}, {"fsdp": 3, "tp": 2}, {"dp": 2, "fsdp": 2, "tp": 2}]
+MESHES = [
+    *({"dp": 4}, {"fsdp": 3}, {"dp": 2, "fsdp": 2}),
+    *({"tp": 2}, {"dp": 2, "tp": 2}, {"fsdp": 3, "tp": 2}, {"dp": 2, "fsdp": 2, "tp": 2}),
+    *({"cp": 2}, {"dp": 2, "cp": 2}, {"fsdp": 3, "cp": 2}, {"dp": 2, "fsdp": 2, "cp": 2}),
+]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
@@ -225,19 +232,19 @@ def test_what_the_engine_hands_to_collectives_is_the_formula_to_the_byte(process
 @pytest.mark.parametrize(
     ("family", "level"), [("llama", "tiled"), ("gemma2", "all"), ("cohere", "all"), ("qwen2", "cheap"), ("qwen3", "all")]
 )
-@pytest.mark.parametrize("processes", [{"fsdp": 3, "tp": 2}, {"dp": 2, "tp": 2}], indirect=True, ids=str)
+@pytest.mark.parametrize("processes", [{"fsdp": 3, "tp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "cp": 2}], indirect=True, ids=str)
 def test_so_it_is_in_every_kind_of_layer(processes: dict[str, int], family: str, level: Level, adapter: str) -> None:
     found, formula = counted(processes, adapter, family, level, "float32")
     assert found == formula
 
 
-@pytest.mark.parametrize("processes", [{"fsdp": 3}], indirect=True, ids=str)
+@pytest.mark.parametrize("processes", [{"fsdp": 3}, {"cp": 2}], indirect=True, ids=str)
 def test_a_family_that_stores_matrices_as_one_can_be_gathered(processes: dict[str, int]) -> None:
     found, formula = counted(processes, "full", "phi3", "keep", "float32")
     assert found == formula
 
 
-@pytest.mark.parametrize("processes", [{"fsdp": 2, "tp": 2}], indirect=True, ids=str)
+@pytest.mark.parametrize("processes", [{"fsdp": 2, "tp": 2}, {"fsdp": 2, "cp": 2}], indirect=True, ids=str)
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_a_frozen_base_and_activations_travel_in_the_dtype_of_the_arithmetic(processes: dict[str, int], adapter: str) -> None:
     found, formula = counted(processes, adapter, "llama", "keep", "bfloat16")
@@ -274,7 +281,9 @@ WIDE = {"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 1408, "
 
 @pytest.mark.parametrize(("level", "dtype"), [("keep", "bfloat16"), ("all", "float32")])
 @pytest.mark.parametrize("adapter", ["lora", "full"])
-@pytest.mark.parametrize("processes", [{"dp": 4}, {"fsdp": 4}, {"tp": 2}, {"fsdp": 4, "tp": 2}], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    "processes", [{"dp": 4}, {"fsdp": 4}, {"tp": 2}, {"fsdp": 4, "tp": 2}, {"cp": 2}, {"fsdp": 2, "cp": 2}], indirect=True, ids=str
+)
 def test_the_plan_knows_what_one_process_holds(processes: dict[str, int], adapter: str, level: Level, dtype: Any) -> None:
     ready = process(processes, adapter, "llama", level, dtype, vocab_size=2000, **WIDE)
     ready.engine.step(ready.batch, 0, 1e-3)
@@ -324,6 +333,16 @@ def test_by_hand_for_8b() -> None:
     few = traffic_of({"tp": 8}, labelled=2048).tp_all_reduce_bytes
     assert few == ((4 * 31 - 1 + 1) * 8192 + 3 * 2048) * 4096 * 2
     assert traffic_of({}).exchanges == ()
+    # Rows: of an eighth of the tokens q, k and v go and what attention gives comes back, and so in backward; in two bytes.
+    rows = traffic_of({"cp": 8})
+    assert rows.all_to_all_bytes == 2 * 32 * 1024 * (2 * 4096 + 2 * 1024) * 2
+    assert rows.wire_bytes == pytest.approx(7 / 8 * rows.all_to_all_bytes + 2 * 7 / 8 * (4 * ADAPTERS + 8))
+    assert traffic_of({"cp": 8}, levels=("all",) * 32).all_to_all_bytes == 1.5 * rows.all_to_all_bytes
+    assert traffic_of({"cp": 8}, labelled=2048) == rows
+    # Weights are in parts over those that share rows, too.
+    both = traffic_of({"fsdp": 2, "cp": 4}, lora=False)
+    assert (both.all_gather_bytes, both.reduce_scatter_bytes, both.all_reduce_bytes) == (2 * gathered, full.reduce_scatter_bytes, 8)
+    assert both.all_to_all_bytes == 2 * rows.all_to_all_bytes
 
 
 def test_four_bits_travel_as_they_are_and_their_scales_do_not() -> None:
@@ -350,6 +369,10 @@ def test_the_time_of_an_exchange_by_hand() -> None:
     reduce = replace(gather, kind="all_reduce", axes=("dp",), times=1, what="gradients")
     slow = replace(links, tree_inside_s=1.0, tree_between_s=1.0)
     assert slow.seconds(reduce, {"dp": 4, "fsdp": 8}) == pytest.approx(1e-3 + 2 * 3 * 1e-2 + 2 * 3 / 4 * 1e9 / 25e9)
+    # In an all-to-all of sixteen, eight of them in each machine, half of all leaves by the device's own card.
+    heads = replace(gather, kind="all_to_all", what="activations", axes=("cp",), times=1)
+    assert links.seconds(heads, {"cp": 4}) == pytest.approx(1e-3 + 3e-4 + 0.75e9 / 200e9)
+    assert links.seconds(heads, {"cp": 16}) == pytest.approx(1e-3 + 14e-4 + 1e-2 + 7 / 16 * 1e9 / 200e9 + 8 / 16 * 1e9 / 25e9)
     # A tree sums in hops that grow with the logarithm of the machines.
     tree = replace(links, tree_inside_s=1e-5, tree_between_s=1e-4)
     assert tree.seconds(reduce, {"dp": 1024}) == pytest.approx(2 * (7e-5 + 7e-4) + 2 * 1023 / 1024 * 1e9 / 200e9)
@@ -368,6 +391,9 @@ def test_layers_wait_for_sums_and_not_for_weights_that_come_meanwhile() -> None:
     tp = step_time(shape, traffic_of({"tp": 2}), Links(), **given, flops_per_s=1e14)
     head = 2 * 2 * 128256 * 4096
     assert tp.compute_s == pytest.approx(8192 * ((flops - head) / 2 + head) / 1e14)
+    # Two that share tokens do not, and wait for less.
+    cp = step_time(shape, traffic_of({"cp": 2}), Links(), **given, flops_per_s=1e14)
+    assert cp.compute_s == cp.ideal_s == pytest.approx(8192 * flops / 2 / 1e14) and 0 < cp.waiting_s < tp.waiting_s / 2
 
 
 # The table on paper.
@@ -386,8 +412,13 @@ def test_a_table_says_what_fits_and_never_more_than_the_devices_can() -> None:
     assert times[0].step_s == pytest.approx(
         16384 * flops_per_token(llama_8b(), row_tokens=2048, levels=("keep",) * 32, lora_rank=16) / (0.4 * 989e12), rel=1e-6
     )
-    copies = list(scaling_table([replace(llama_8b(), fused=True)], gpu, devices=(8, 64), adapters=("full",), in_machine=True))
-    assert [line.mesh for line in copies] == [{"dp": 8, "fsdp": 8}]
+    copies = list(scaling_table([replace(llama_8b(), fused=True)], gpu, devices=(2, 8, 64), adapters=("full",), in_machine="fsdp"))
+    assert [line.mesh for line in copies] == [{"fsdp": 8}, {"dp": 8, "fsdp": 8}]
+    rows = list(
+        scaling_table([replace(llama_8b(), fused=True)], gpu, devices=(8, 64), adapters=("lora",), row_tokens=131_072, in_machine="cp")
+    )
+    assert [line.mesh for line in rows] == [{"cp": 8}, {"dp": 8, "cp": 8}]
+    assert all(line.micro_tokens == 131_072 and line.time is not None and 0.9 < line.time.efficiency < 1 for line in rows)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.threads import on_hosts
 
 from pantheraml.distributed.world import Alone, World, most, together, told
 from pantheraml.errors import DeviceError, PantheraError, StorageError
+from pantheraml.models.quantize import EightBitLinear
 from pantheraml.trainer.checkpoint import TENSORS, Checkpoints, Damaged
 from pantheraml.trainer.hosts import KeptByFirst, check_same, identity
 
@@ -46,6 +48,54 @@ def test_models_with_other_weights_are_told_apart() -> None:
     same = torch.nn.Linear(4, 4)
     same.load_state_dict(model.state_dict())
     assert identity(model) == identity(same) != identity(other)
+
+
+@pytest.mark.parametrize("where", ["the last value", "one bit", "a buffer", "a frozen weight", "the shape"])
+def test_every_bit_of_a_model_counts(where: str) -> None:
+    def made() -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(40, 70), torch.nn.BatchNorm1d(70), torch.nn.Linear(70, 1).bfloat16())
+        model[0].weight.requires_grad_(False)
+        model.register_buffer("computed", torch.zeros(3), persistent=False)
+        return model
+
+    model, same = made(), made()
+    with torch.no_grad():
+        same.computed += 1  # not loaded, so machines may differ in it by a rounding
+        assert identity(model) == identity(same)
+        match where:
+            case "the last value":
+                model[2].weight[0, -1] += 0.25
+            case "one bit":
+                model[0].bias.view(torch.int32)[-1] ^= 1
+            case "a buffer":
+                model[1].running_mean[-1] = 1e-30
+            case "a frozen weight":
+                model[0].weight[-1, -1] = torch.nextafter(model[0].weight[-1, -1], torch.tensor(9.0))
+            case _:
+                model[0].weight.data = model[0].weight.data.view(40, 70)
+    assert identity(model) != identity(same)
+
+
+def in_four_bits(layer: torch.nn.Linear) -> torch.nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    four = Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=True)
+    four.load_state_dict(layer.state_dict())
+    return four.to("cpu")
+
+
+@pytest.mark.parametrize("rounded", [lambda layer: EightBitLinear(layer, "int8"), in_four_bits], ids=["int8", "nf4"])
+def test_weights_in_few_bits_count_with_their_scales(rounded: Any) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+    found = []
+    for factor in (1.0, 1.0, 2.0):  # rounded, twice as much has the same codes
+        model = torch.nn.Sequential(copy.deepcopy(layer))
+        model[0].weight.data.mul_(factor)
+        model[0] = rounded(model[0])
+        found.append(identity(model))
+    assert found[0] == found[1] != found[2]
 
 
 def kept(world: World, folder: Path) -> KeptByFirst:

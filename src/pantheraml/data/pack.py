@@ -117,7 +117,20 @@ def lengthened(
     """
     rows, tokens = input_ids.shape
     more = min(next_length(tokens), most) - tokens
-    if rows > 1 or more <= 0:
+    return (input_ids, position_ids, labels) if rows > 1 else _with_more(input_ids, position_ids, labels, max(0, more))
+
+
+def in_one_row(
+    input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, *, multiple: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows [B, T] one after the other, as [1, N] with N a multiple. What is added for that is an example without labels."""
+    ids, positions, all_labels = (array.reshape(1, -1) for array in (input_ids, position_ids, labels))
+    return _with_more(ids, positions, all_labels, -input_ids.size % multiple)
+
+
+def _with_more(input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, more: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A single row with an example of so many tokens behind it, which has no labels."""
+    if not more:
         return input_ids, position_ids, labels
     added = (np.zeros((1, more), np.int64), np.arange(more)[None], np.full((1, more), IGNORED))
     ids, positions, all_labels = (np.concatenate(pair, axis=1) for pair in zip((input_ids, position_ids, labels), added, strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ class End:
 
     Attributes:
         said: which process ended it, and how. tail: the last that it printed, if nobody has seen that.
-        again: another start may do better.
+        again: another start may do better. rank: of the process that is to blame; None: it is not known.
     """
 
     code: int = 0
@@ -38,6 +39,7 @@ class End:
     said: str = ""
     tail: str = ""
     again: bool = False
+    rank: int | None = None
 
 
 @dataclass(slots=True)
@@ -47,12 +49,21 @@ class Asked:
     waiting: list[int] = field(default_factory=list[int])
     numbers: list[int] = field(default_factory=list[int])
 
+    def note(self, number: int) -> None:
+        """One more."""
+        self.waiting.append(number)
+        self.numbers.append(number)
+
 
 class Job:
-    """The processes of one start. When its block is left, none of them lives."""
+    """The processes of one start. When its block is left, none of them lives.
 
-    def __init__(self, words: list[str], processes: int, folder: Path, environment: Mapping[str, str]) -> None:
-        self.words, self.size, self.folder, self.environment = words, processes, folder, environment
+    Args:
+        devices: the index of the device of each; none: they share one, or look for themselves.
+    """
+
+    def __init__(self, words: list[str], processes: int, folder: Path, environment: Mapping[str, str], devices: Sequence[int] = ()) -> None:
+        self.words, self.size, self.folder, self.environment, self.devices = words, processes, folder, environment, devices
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.codes: dict[int, int] = {}
         """Of those that have ended, in that order."""
@@ -97,6 +108,7 @@ class Job:
             "PYTHONUNBUFFERED": 1,  # what one has printed before it is killed, stands in its log
             "PANTHERAML_LOGS": self.folder.resolve(),
             "PANTHERAML_LAUNCHER": f"{reading}:{os.fstat(reading).st_ino}",
+            "PANTHERAML_DEVICES": json.dumps(self.devices),
         }
         environment = {**self.environment, **{name: str(value) for name, value in said.items()}}
         with log_file(self.folder, rank).open("ab") as log:
@@ -171,7 +183,7 @@ class Job:
         if code == ANOTHER_GAVE_UP:  # of a process that nothing is known of
             return End(DeviceError.exit_code, said=said, tail=tail, again=True)
         if code in _ITS_OWN_WORDS:
-            return End(code, said=said, tail=tail, again=code == DeviceError.exit_code)
+            return End(code, said=said, tail=tail, again=code == DeviceError.exit_code, rank=rank)
         forced = ", and the system ends one so when memory runs out" if code == -signal.SIGKILL else ""
         where = f"see {log_file(self.folder, rank)}" if rank else "see above what it printed"
         error = DeviceError(
@@ -179,7 +191,7 @@ class Job:
             why=f"all work on the same steps, so the others were ended{forced}{'.' if tail else ''}{tail}",
             fix=f"{where}; go on from the last checkpoint with {RESUME}, or let hardware.restarts say how often that is done by itself",
         )
-        return End(error=error, said=said, tail=tail, again=True)
+        return End(error=error, said=said, tail=tail, again=True, rank=rank)
 
     def _behind(self, hang_s: float) -> list[int]:
         """The processes without a sign of life, that with the fewest first."""
@@ -198,7 +210,9 @@ class Job:
             fix=f"see the stacks of each in {self.folder}/rank-*.log; go on from the last checkpoint with {RESUME}; if a step may take so "
             "long, raise hardware.timeout_s",
         )
-        return End(error=error, said=said, again=True)
+        # Of two that have done as much, nobody knows which one holds up the other.
+        alone = all(pulse.beats > self.pulses[behind[0]].beats for rank, pulse in enumerate(self.pulses) if rank != behind[0])
+        return End(error=error, said=said, again=True, rank=behind[0] if alone else None)
 
     def _signal(self, number: int) -> None:
         for rank, process in enumerate(self.ranks):

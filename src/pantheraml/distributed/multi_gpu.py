@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger("pantheraml")
-_PARALLEL = ("auto", "ddp", "fsdp", "tp", "fsdp_tp")
+_PARALLEL = ("auto", "ddp", "fsdp", "cp", "tp", "fsdp_tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,13 @@ class MultiGPUConfig:
         tensor_parallel: the devices share the products, all of them or as many as `tensor_parallel_size` says.
         pipeline_parallel: is not built, so it must be False.
         use_gradient_checkpointing: compute layers again in backward (True) or never (False). None: where memory needs it.
-        find_unused_parameters: may be anything: parameters that a step does not use are no error here, and have a gradient of zero.
+        find_unused_parameters: may be anything: what a step, or one process's share of it, does not use has a gradient of zero. What no process
+            uses in the first step is an error, since it would never train.
         num_gpus: devices in all, over all machines. None: as many as processes were started.
         data_parallel_size: copies of the model. 1 leaves it open.
         tensor_parallel_size: devices that share the products. 1 leaves it open.
         pipeline_parallel_size: is not built, so it must be 1.
-        parallel: how the devices share the work, as hardware.parallel of a recipe: auto, ddp, fsdp, tp or fsdp_tp.
+        parallel: how the devices share the work, as hardware.parallel of a recipe: auto, ddp, fsdp, cp, tp or fsdp_tp.
     """
 
     backend: str | None = None
@@ -96,7 +97,7 @@ class MultiGPUConfig:
             why = f"together they ask for {axes} devices, or a multiple of that"
             raise _wrong(f"num_gpus={self.num_gpus}", f"does not go with {sizes}", why, f"set num_gpus to {axes}, or leave it out")
         tensor = self.tensor_parallel or self.tensor_parallel_size > 1
-        if tensor and self.parallel in ("ddp", "fsdp"):
+        if tensor and self.parallel in ("ddp", "fsdp", "cp"):
             why = "one of them says that products are shared, and the other that they are not"
             raise _wrong(f"parallel={self.parallel!r}", "contradicts tensor parallelism", why, 'set parallel to "tp" or "fsdp_tp"')
         if not self.auto_device_map and (tensor or self.parallel not in ("auto", "ddp")):

@@ -62,6 +62,8 @@ class TorchWorld:
         keeps_store: it ends with this process. owns_group: nobody else has made the default group, so it is closed at the end.
     """
 
+    called = "process"
+
     def __init__(
         self,
         store: Store,
@@ -281,10 +283,12 @@ def _of_environment(said: Processes, device: Device, gave_up: GaveUp, patience_s
     """The processes that torchrun or our launcher has started."""
     import torch.distributed as dist
 
-    # torchrun's store outlives an attempt, and where the processes of an earlier one listened must not be read again.
+    # torchrun's store outlives an attempt, and where the processes of an earlier one listened must not be read again. A store of our
+    # own does not, and there the number must not count: a machine that has joined later counts its attempts from 0.
+    attempt = said.attempt if said.agent_store else 0
     if not _stores:
         _stores.append(_open_store(said, patience_s))
-    store = _part_of(_stores[0], f"pantheraml/{said.attempt}/{said.world_size}/{next(_joins)}")
+    store = _part_of(_stores[0], f"pantheraml/{attempt}/{said.world_size}/{next(_joins)}")
     keeps_store = said.rank == 0 and not said.agent_store
     words = _part_of(store, "words")
     lost = lost_file(said.logs) if said.logs else None

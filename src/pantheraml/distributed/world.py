@@ -21,11 +21,12 @@ class World(Protocol):
     """All processes call the same methods in the same order.
 
     Attributes:
-        rank: of this process, from 0. size: how many there are.
+        rank: of this process, from 0. size: how many there are. called: what one of them is to people.
     """
 
     rank: int
     size: int
+    called: str
 
     def gathered(self, text: str) -> list[str]:
         """What each process gave, by rank. Raises: DeviceError if one of them has given up."""
@@ -45,6 +46,7 @@ class Alone:
 
     rank = 0
     size = 1
+    called = "process"
 
     def gathered(self, text: str) -> list[str]:
         """See `World.gathered`."""
@@ -70,12 +72,12 @@ def open_world(device: Device, announce: Callable[[str], None], timeout_s: float
             return Alone()
         from pantheraml.hardware.xla_world import join
 
-        return join(device, announce, gave_up)
+        return join(device, announce, partial(gave_up, called="host"))
     if read_processes().world_size == 1:
         return Alone()
     from pantheraml.distributed.torch_world import join_processes
 
-    return join_processes(device, announce, partial(gave_up, called="process"), timeout_s)
+    return join_processes(device, announce, gave_up, timeout_s)
 
 
 def told(world: World, say: Callable[[], Any]) -> Any:
@@ -108,8 +110,8 @@ def stopping(world: World) -> Iterator[None]:
         raise
 
 
-def gave_up(rank: int, size: int, why: str, called: str = "host") -> DeviceError:
-    """The error of the others. called: what a process is to people."""
+def gave_up(rank: int, size: int, why: str, called: str = "process") -> DeviceError:
+    """The error of the others. called: see `World`."""
     return DeviceError(
         f"{called} {rank} of {size} has stopped: {why}",
         why="all of them work on the same steps",

@@ -11,6 +11,7 @@ from pantheraml.data.pack import StepBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pantheraml.kernels.context_parallel import ContextParallel
     from pantheraml.planning.plan import Plan
     from pantheraml.recipe.types import OptimSpec
 
@@ -39,11 +40,14 @@ class MicroTensors(RowTensors):
         starts: int32 [S + 1], where the examples begin in the B*T tokens one after the other, and B*T.
         longest: tokens of the longest of them.
         labelled: int64, which of the B*T tokens have a label.
+        cp: with whom this process shares the micro-batch; None: with nobody. Otherwise the rows are [1, n], this process's part of the
+            N tokens, with at least one in `labelled`; starts and longest are those of all N.
     """
 
     starts: Tensor
     longest: int
     labelled: Tensor
+    cp: ContextParallel | None = None
 
 
 LossFn = Callable[[Any, RowTensors], "Tensor"]

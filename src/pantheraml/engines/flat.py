@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pantheraml.errors import PantheraError
 
@@ -85,7 +86,8 @@ class FlatParameters:
                 parameter._local_tensor = view
         self._owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in trained}
         self._without_gradient = set(trained)
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._got_gradient(name)) for name, parameter in trained.items()]
+        self._hooks: list[RemovableHandle] = []
+        self._watch(model)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._trained)
@@ -127,11 +129,13 @@ class FlatParameters:
         for parameter in self._trained.values():
             parameter.grad = None
 
-    def checked_gradients(self) -> Tensor:
+    def checked_gradients(self, add_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """What a step has added up.
 
+        Args:
+            add_up: sums over the processes of a run, all of which call this; None: there is one.
         Raises: PantheraError if a parameter or its gradient is no longer the view that it was made, or if a parameter has
-            got no gradient in the first step.
+            got no gradient in the first step, in any process.
         """
         assert self.gradients is not None, "zero_gradients comes first"
         base, size = self.weights.data_ptr(), self.weights.element_size()
@@ -148,19 +152,54 @@ class FlatParameters:
                 why="the update is computed where they were before, and the model would not learn",
                 fix="move or convert the model before training; copy values into its parameters (copy_), and do not set .data or .grad",
             )
-        for hook in self._hooks:
-            hook.remove()
-        missing, self._hooks, self._without_gradient = self._without_gradient, [], set()
+        missing = self._missing(add_up)
         if missing:
             raise PantheraError(
-                f"{len(missing)} of {len(self)} trainable parameters got no gradient: {_some([name for name in self if name in missing])}",
+                f"{len(missing)} of {len(self)} trainable parameters got no gradient: {_some(missing)}",
                 why="they would stay as they are, and the run would not train what it says",
                 fix="freeze them (requires_grad_(False)), or leave them out of adapter.targets",
             )
         return self.gradients
 
+    def _watch(self, model: nn.Module) -> None:
+        """Until the first step is checked, hear of each parameter that gets a gradient.
+
+        In the place of a DTensor FSDP puts what it has gathered, which gets the gradient: the DTensor gets one also where it is not used.
+        """
+        waiting = {name for name, parameter in self._trained.items() if local_part(parameter) is not parameter}
+        for name in self._trained.keys() - waiting:
+            self._hooks.append(self._trained[name].register_post_accumulate_grad_hook(self._got_gradient(name)))
+        if not waiting:
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        def gathered(place: str) -> Callable[[nn.Module, Any], None]:
+            def look(module: nn.Module, _: Any) -> None:
+                for name, parameter in module.named_parameters(place):
+                    if name in waiting and local_part(parameter) is parameter:
+                        waiting.remove(name)
+                        self._hooks.append(parameter.register_post_accumulate_grad_hook(self._got_gradient(name)))
+
+            return look
+
+        for place, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                self._hooks.append(model.get_submodule(place).register_forward_pre_hook(gathered(place)))
+
     def _got_gradient(self, name: str) -> Callable[[Tensor], None]:
         return lambda _: self._without_gradient.discard(name)
+
+    def _missing(self, add_up: Callable[[Tensor], Tensor] | None) -> list[str]:
+        """The parameters that have got no gradient in the first step; later none, since later it is not looked for."""
+        if not self._hooks:
+            return []
+        for hook in self._hooks:
+            hook.remove()
+        got = torch.tensor([name not in self._without_gradient for name in self], dtype=torch.float32)
+        if add_up is not None:
+            got = add_up(got.to(self.weights.device))
+        self._hooks, self._without_gradient = [], set[str]()
+        return [name for name, processes in zip(self, got.tolist(), strict=True) if not processes]
 
 
 def local_part(parameter: Any) -> Any:

@@ -133,7 +133,7 @@ def recurring(batch: MicroTensors) -> MicroTensors:
     return replace(batch, starts=starts, longest=longest, labelled=torch.nn.functional.pad(batch.labelled, (0, more), value=spare))
 
 
-_TENSORS = tuple(field.name for field in fields(MicroTensors) if field.name != "longest")
+_TENSORS = tuple(field.name for field in fields(MicroTensors) if field.name not in ("longest", "cp"))
 
 
 def _tensors(batch: MicroTensors) -> list[Tensor]:

@@ -1,15 +1,15 @@
 """Several processes that train one model: who has which part of it, and what they tell each other in a step.
 
 Axes of the mesh, the outermost first: dp holds copies, fsdp parts of every weight that are gathered where they are used
-(PyTorch's FSDP2), tp parts of the products. What trains is one vector on each process, so that gradients of copies are
-summed in one go, once a step: micro-batches may differ in number and be divided when memory runs out, and adapters, which
-every process has as a whole, are the only thing that travels for them.
+(PyTorch's FSDP2), cp parts of the tokens of each micro-batch, tp parts of the products. What trains is one vector on each
+process, so that gradients of copies are summed in one go, once a step: micro-batches may differ in number and be divided when
+memory runs out, and adapters, which every process has as a whole, are the only thing that travels for them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -19,15 +19,20 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pantheraml.engines.engine import LossFn
-from pantheraml.engines.flat import FlatParameters, norm_of
+from pantheraml.engines.flat import FlatParameters, local_part, norm_of
+from pantheraml.errors import RecipeError
+from pantheraml.kernels.context_parallel import ContextParallel
 from pantheraml.kernels.sums import Sums
 from pantheraml.kernels.tensor_parallel import TensorParallel
+from pantheraml.models.decoder import unexchangeable
 from pantheraml.models.head import causal_model
 from pantheraml.models.quantize import to_plain_bytes
 from pantheraml.models.swap import called
 from pantheraml.models.tensor_parallel import divide, divided_layers, summed_over
 
-AXES = ("dp", "fsdp", "tp")
+AXES = ("dp", "fsdp", "cp", "tp")
+_TOGETHER = (("dp",), ("fsdp", "cp"), ("cp",), ("tp",), ("dp", "fsdp", "cp"), ("dp", "tp"))
+"""Axes along which groups of processes differ; where FSDP divides the weights, it does so over those that share tokens as well."""
 _SHARED, _PARTIAL, _PART = "shared", "partial", "part"
 
 
@@ -40,8 +45,9 @@ class Parallel:
         mesh: axis -> processes. device: of this process. timeout_s: how long processes wait for each other.
 
     Attributes:
-        tp: those with which it shares products; None: none.
+        tp, cp: those with which it shares products, or tokens; None: none.
         data_rank, data_size: whose share of a step's examples it takes, and into how many they are divided.
+        token_rank: the same for its tokens: those who have others draw other random numbers.
         in_step: all processes take as many micro-batches, since they meet in each.
         hooks: modules must be called as such, since FSDP brings what they need.
         sums: what this process adds up with others; not what FSDP sends.
@@ -54,14 +60,15 @@ class Parallel:
         if math.prod(self._sizes) != dist.get_world_size():
             raise ValueError(f"a mesh of {self._sizes} does not have the {dist.get_world_size()} processes that are here")
         self._at = self._place(self._rank)
-        _, self._fsdp, tp = self._sizes
-        self.data_rank, self.data_size = self._rank // tp, len(self) // tp
-        self.hooks = self._fsdp > 1
+        _, fsdp, cp, tp = self._sizes
+        self.token_rank = self._rank // tp
+        self.data_rank, self.data_size = self.token_rank // cp, len(self) // (cp * tp)
+        self.hooks = fsdp > 1
+        self._parts = fsdp * cp if self.hooks else 1
         self.in_step = self.hooks or tp > 1
-        self._groups: dict[tuple[str, ...], Any] = {
-            axes: self._group(axes) for axes in (("dp",), ("fsdp",), ("tp",), ("dp", "fsdp"), ("dp", "tp"))
-        }
-        self.tp = TensorParallel(self._at[2], tp, self._groups["tp",], self.sums) if tp > 1 else None
+        self._groups = {along: self._group(along) for along in dict.fromkeys(map(self._along, _TOGETHER)) if along}
+        self.cp = ContextParallel(self._at[2], cp, self._groups["cp",], self.sums) if cp > 1 else None
+        self.tp = TensorParallel(self._at[3], tp, self._groups["tp",], self.sums) if tp > 1 else None
         self._divided: dict[str, int] = {}
         self._inner: set[str] = set()
         self._managed: set[str] = set()
@@ -69,9 +76,13 @@ class Parallel:
     def __len__(self) -> int:
         return math.prod(self._sizes)
 
-    def _place(self, rank: int) -> tuple[int, int, int]:
-        _, fsdp, tp = self._sizes
-        return rank // (fsdp * tp), rank // tp % fsdp, rank % tp
+    def _place(self, rank: int) -> tuple[int, ...]:
+        _, fsdp, cp, tp = self._sizes
+        return rank // (fsdp * cp * tp), rank // (cp * tp) % fsdp, rank // tp % cp, rank % tp
+
+    def _along(self, axes: Collection[str]) -> tuple[str, ...]:
+        """Those of the axes that have more than one place."""
+        return tuple(axis for axis, size in zip(AXES, self._sizes, strict=True) if axis in axes and size > 1)
 
     def _group(self, axes: tuple[str, ...]) -> Any:
         """Those that differ from this process along these axes alone. All processes make all groups."""
@@ -79,8 +90,6 @@ class Parallel:
         along: dict[tuple[int, ...], list[int]] = {}
         for rank in range(len(self)):
             along.setdefault(tuple(at for i, at in enumerate(self._place(rank)) if i not in where), []).append(rank)
-        if len(next(iter(along.values()))) == 1:
-            return None
         mine, _ = dist.new_subgroups_by_enumeration(list(along.values()), timeout=self._timeout)
         return mine
 
@@ -89,8 +98,15 @@ class Parallel:
     def divide(self, model: Any) -> None:
         """Keep this process's part of the model, on its device. What trains beside a frozen base stays whole.
 
-        Raises: RecipeError if its products cannot be divided.
+        Raises: RecipeError if its products cannot be divided, or its heads exchanged.
         """
+        why = None if self.cp is None else unexchangeable(model, self.cp.size)
+        if self.cp is not None and why is not None:
+            raise RecipeError(
+                f"hardware.cp={self.cp.size} does not go with this model",
+                why=why,
+                fix="leave hardware.cp out; hardware.fsdp divides any model",
+            )
         frozen_base = any(not parameter.requires_grad for parameter in model.parameters())
         if self.tp is not None:
             self._divided = divide(model, self.tp)
@@ -108,13 +124,19 @@ class Parallel:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = DeviceMesh.from_group(self._groups["fsdp",], self._device.type)
+        mesh = DeviceMesh.from_group(self._groups[self._along(("fsdp", "cp"))], self._device.type)
         to_plain_bytes(model, self._device)
         for module in (*_layers(model), causal_model(model)):
+            for parameter in module.parameters():  # as it was read, it may be pages of a file, which processes have in common
+                if parameter.requires_grad and local_part(parameter) is parameter:
+                    parameter.data = parameter.data.float()
             sharded: Any = fully_shard(module, mesh=mesh, ignored_params=whole)
             # The sum of the losses is divided by the labels of all processes before, so gradients are summed.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way
+            # Where one process does not reach a weight that others reach, its part is zeros; torch that cannot do so breaks off.
+            if hasattr(sharded, "set_reduce_scatter_unused_params"):
+                sharded.set_reduce_scatter_unused_params(True)
 
     # ---- A step --------------------------------------------------------------------------------------------------
 
@@ -129,16 +151,18 @@ class Parallel:
         for where, _, kind in flat.parts:
             inner, by = kind.split()
             part = flat.gradients[where]
-            axes = {"dp"} if by == "managed" else {"dp", "fsdp"}
+            axes = {"dp"} if by == "managed" else {"dp", "fsdp", "cp"}
             if inner == _PARTIAL:
                 axes.add("tp")
             elif inner == _SHARED and by == "flat" and self.tp is not None:
                 part /= self.tp.size  # each of them has all of it
                 axes.add("tp")
+            # Of what is shared and managed each process of tp has summed the same bits by itself: it follows from sums of activations, which
+            # gloo and NCCL bring to all with the same bits, by kernels that add in a fixed order. On unlike GPUs it might drift.
             self._sum(part, axes)
 
-    def _sum(self, tensor: Tensor, axes: Iterable[str]) -> None:
-        along = tuple(axis for axis, size in zip(AXES, self._sizes, strict=True) if axis in axes and size > 1)
+    def _sum(self, tensor: Tensor, axes: Collection[str]) -> None:
+        along = self._along(axes)
         if not along:
             return
         everybody = math.prod(self._sizes[AXES.index(axis)] for axis in along) == len(self)
@@ -148,9 +172,10 @@ class Parallel:
         """(sum of the losses of all processes, norm of the gradients of the whole model), after `sum_gradients`."""
         assert flat.gradients is not None
         squares = torch.zeros((), device=loss.device)
+        dp, fsdp, cp, tp = self._sizes
         for where, _, kind in flat.parts:
             inner, by = kind.split()
-            copies = (1 if inner == _PART else self._sizes[2]) * self._sizes[0] * (1 if by == "managed" else self._fsdp)
+            copies = (1 if inner == _PART else tp) * dp * (1 if by == "managed" else fsdp * cp)
             squares += norm_of(flat.gradients[where]).square() / copies
         both = torch.stack((self._own(loss), squares))
         self.sums.over(both)
@@ -161,7 +186,7 @@ class Parallel:
         return self.sums.over(self._own(loss).clone())
 
     def _own(self, loss: Tensor) -> Tensor:
-        """Processes that share products have the same loss."""
+        """Processes that share products have the same loss; those that share tokens have each their own."""
         return loss / (1 if self.tp is None else self.tp.size)
 
     def within(self, loss: LossFn) -> LossFn:
@@ -192,11 +217,12 @@ class Parallel:
     def _where(self, name: str, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         shape, offsets = list(parameter.shape), [0] * parameter.ndim
         if name in self._managed:  # FSDP cuts the first dimension into equal parts, but for the last ones
-            offsets[0] = min(shape[0], -(-shape[0] // self._fsdp) * self._at[1])
+            _, fsdp_at, cp_at, _ = self._at
+            offsets[0] = min(shape[0], -(-shape[0] // self._parts) * (fsdp_at * self._sizes[2] + cp_at))
         if name in self._divided:
             dim = self._divided[name]
-            offsets[dim] += self._at[2] * shape[dim]
-            shape[dim] *= self._sizes[2]
+            offsets[dim] += self._at[3] * shape[dim]
+            shape[dim] *= self._sizes[3]
         return tuple(shape), tuple(offsets)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pantheraml.data.pack import MicroBatch, StepBatch, divided, labelled_tokens, lengthened, pieces, segments
+from pantheraml.data.pack import MicroBatch, StepBatch, divided, in_one_row, labelled_tokens, lengthened, pieces, segments
 from pantheraml.engines.adamw import open_adamw
 from pantheraml.engines.engine import LossFn, MicroTensors, State, StepMetrics, StepValues, check_fits
 from pantheraml.engines.flat import FlatParameters, norm_of
@@ -29,6 +29,7 @@ from pantheraml.recipe.types import OptimSpec
 
 if TYPE_CHECKING:
     from pantheraml.engines.parallel import Parallel
+    from pantheraml.kernels.context_parallel import ContextParallel
 
 
 class TorchEngine:
@@ -84,7 +85,7 @@ class TorchEngine:
 
     def _step(self, batch: StepBatch, k: int, lr: float) -> StepMetrics:
         total = self._recovered(f"step {k + 1}", batch, k)
-        gradients = self._flat.checked_gradients()
+        gradients = self._flat.checked_gradients(None if self._parallel is None else self._parallel.sums.over)
         if self._parallel is None:
             norm = norm_of(gradients)
         else:
@@ -120,7 +121,7 @@ class TorchEngine:
     def _gradients(self, batch: StepBatch, k: int, parts: int) -> Tensor:
         """The sum of the losses of step k; the gradients of their mean are in the parameters, or none if it fails."""
         # Each attempt draws what the first one drew. In smaller parts dropout takes other masks, as with smaller micro-batches.
-        share = self._parallel.data_rank if self._parallel is not None else 0
+        share = self._parallel.token_rank if self._parallel is not None else 0
         self._backend.seed(_mixed(self._seed, k, share))
         total = torch.zeros((), device=self._device)
         gradients = self._flat.zero_gradients()
@@ -257,6 +258,7 @@ class TorchEngine:
                 self._device,
                 pinned=self._backend.pinned_memory,
                 static=self._backend.static_shapes,
+                cp=None if self._parallel is None else self._parallel.cp,
             )
             yield recurring(made) if again else made
 
@@ -303,26 +305,35 @@ def micro_tensors(
     *,
     pinned: bool = False,
     static: bool = False,
+    cp: ContextParallel | None = None,
 ) -> MicroTensors:
     """Rows [B, T] of a micro-batch on a device, with what the host knows of them.
 
     Args:
         pinned: see `Backend.pinned_memory`.
         static: see `Backend.static_shapes`; every token goes to the loss, where one without a label counts nothing.
+        cp: with whom this process shares the rows: it has its part of the tokens alone.
     """
 
     def there(array: np.ndarray) -> Tensor:
         here = torch.from_numpy(np.ascontiguousarray(array))
         return (here.pin_memory() if pinned else here).to(device, non_blocking=True)
 
+    if cp is not None:
+        input_ids, position_ids, labels = in_one_row(input_ids, position_ids, labels, multiple=cp.size)
     starts, longest = segments(position_ids)
+    if cp is not None:
+        input_ids, position_ids, labels = (np.split(array, cp.size, axis=1)[cp.rank] for array in (input_ids, position_ids, labels))
+    labelled = np.arange(labels.size) if static else labelled_tokens(labels)
     return MicroTensors(
         input_ids=there(input_ids),
         position_ids=there(position_ids),
         labels=there(labels),
         starts=there(starts),
         longest=longest,
-        labelled=there(np.arange(labels.size) if static else labelled_tokens(labels)),
+        # A part without labels goes to the loss with a token that counts nothing: kernels want rows, and the others meet it in backward.
+        labelled=there(labelled if len(labelled) or cp is None else np.zeros(1, np.int64)),
+        cp=cp,
     )
 
 

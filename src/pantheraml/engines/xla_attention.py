@@ -25,9 +25,9 @@ def seen_in_rows(positions_BT: Any, window: int | None) -> Any:
     return seen if window is None else seen & (back < window)
 
 
-def seen_in_cache(positions_B1: Any, room: int, window: int | None) -> Any:
-    """Which places of a cache the token at a position sees, bool [B, 1, S]."""
-    back = positions_B1[:, :, None] - jnp.arange(room)
+def seen_in_cache(positions_BT: Any, room: int, window: int | None) -> Any:
+    """Which places of a cache the token at a position sees, bool [B, T, S]."""
+    back = positions_BT[:, :, None] - jnp.arange(room)
     return back >= 0 if window is None else (back >= 0) & (back < window)
 
 

@@ -24,6 +24,7 @@ from pantheraml.engines.xla_adamw import MOMENTS, update
 from pantheraml.engines.xla_ahead import Compiled, told
 from pantheraml.engines.xla_answers import continued
 from pantheraml.engines.xla_arrays import Arrays, Spread, Store, fetched, fetched_members, in_eight_bits, to_torch, used
+from pantheraml.engines.xla_batch import XlaRows
 from pantheraml.engines.xla_model import TracedModel
 from pantheraml.engines.xla_rows import ladder, shapes_of, stacked
 from pantheraml.errors import DeviceError, PantheraError
@@ -315,6 +316,14 @@ class XlaEngine:
                 end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
                 answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
         return answers
+
+    def rows(self, *, count: int, tokens: int, chunk: int = 64) -> XlaRows:
+        """Rows for models/batch.py: `Batcher(model, tokenizer, using=engine.rows(...))` answers with the weights that are here."""
+
+        def arrays() -> Arrays:
+            return {**self._frozen, **{name: weight.astype(self._dtype) for name, weight in self._weights.items()}}
+
+        return XlaRows(self.traced, self._spread, self._store, arrays, count=count, tokens=tokens, chunk=chunk)
 
     def _answers(self, new: int) -> Callable[..., Any]:
         def compute(weights: Arrays, frozen: Arrays, ids_BP: Any, lengths_B: Any, stops: Any, real: Any) -> Any:

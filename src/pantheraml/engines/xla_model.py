@@ -75,8 +75,8 @@ class TracedModel(Bridge):
         """The logits [B, V] behind token `at` of each row, float32, and the keys and values of all that was read so far.
 
         Args:
-            ids_BT: with `caches` one token a row, which is the next one at its position. caches: what the call before gave, with room
-                for more tokens than were read; None: the tokens are the first ones.
+            ids_BT: with `caches` the next tokens of each row, the first one at its position. caches: what the call before gave, with
+                room for more tokens than were read; None: the tokens are the first ones.
         """
         step = _Pass(positions_BT, caching=True, given=caches)
         with self._passing(step, jax.random.key(0), False), self._looped(arrays) as plain:
@@ -316,14 +316,14 @@ def _attention(
     if step.before is None:
         seen = seen_in_rows(step.positions_BT, sliding_window)
     else:
-        k, v = (_with_token(cache, new, step.positions_BT) for cache, new in zip(step.before, (k, v), strict=True))
+        k, v = (_with_tokens(cache, new, step.positions_BT) for cache, new in zip(step.before, (k, v), strict=True))
         seen = seen_in_cache(step.positions_BT, k.shape[2], sliding_window)
     step.after = (k, v)
     return traced.tensor(attend(q, k, v, seen, scale=scale, softcap=softcap, sinks_H=traced.array(s_aux))), None
 
 
-def _with_token(cache_BKSW: Any, new_BK1W: Any, positions_B1: Any) -> Any:
-    """The cache with the token of each row at its place."""
+def _with_tokens(cache_BKSW: Any, new_BKTW: Any, positions_BT: Any) -> Any:
+    """The cache with the tokens of each row, one behind the other from the place of the first."""
     return jax.vmap(lambda cache, new, at: jax.lax.dynamic_update_slice(cache, new, (0, at, 0)))(
-        cache_BKSW, new_BK1W.astype(cache_BKSW.dtype), positions_B1[:, 0]
+        cache_BKSW, new_BKTW.astype(cache_BKSW.dtype), positions_BT[:, 0]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.detect import detect
@@ -59,14 +59,23 @@ def find_own(ask: HardwareAsk | None = None, *, asked_by: str | None = None) -> 
     """`find`, for one of the processes that were started on this machine: each has a GPU of its own, and all share a CPU.
 
     Args:
-        ask: what the first of them takes; the others take those behind it.
+        ask: what the first of them takes; the others take those behind it, or what our launcher has counted.
     Raises: as `find`; DeviceError if there are fewer GPUs than processes.
     """
-    found, said = find(ask, asked_by=asked_by), read_processes()
-    kind, first = found.device.kind, found.ask.index
-    if said.local_world_size == 1 or KINDS[kind].family != "gpu":
+    said = read_processes()
+    if said.devices:
+        ask = (ask or HardwareAsk()).model_copy(update={"index": said.devices[said.local_rank]})
+    found = find(ask, asked_by=asked_by)
+    kind, here = found.device.kind, found.inventory
+    if KINDS[kind].family != "gpu":
         return found
-    there = sum(device.kind == kind for device in found.inventory.devices) - first
+    if said.devices:  # others may be there which are to be left out
+        mine = tuple(each for each in here.devices if each.kind != kind or each.index in said.devices)
+        return replace(found, inventory=replace(here, devices=mine))
+    if said.local_world_size == 1:
+        return found
+    first = found.ask.index
+    there = sum(each.kind == kind for each in here.devices) - first
     if there < said.local_world_size:
         behind = f" from {found.device} on" if first else ""
         raise DeviceError(
@@ -75,4 +84,4 @@ def find_own(ask: HardwareAsk | None = None, *, asked_by: str | None = None) -> 
             fix=f"start {there} (torchrun --nproc-per-node {there}); or set hardware.kind to cpu, which they share",
         )
     own = found.ask.model_copy(update={"kind": kind, "index": first + said.local_rank})
-    return find(own, inventory=found.inventory, asked_by=found.asked_by)
+    return find(own, inventory=here, asked_by=found.asked_by)

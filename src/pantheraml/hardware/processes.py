@@ -19,6 +19,7 @@ class Processes(BaseSettings):
         address, port: where the first process, or torchrun for it, keeps the store through which they find each other.
         agent_store: that store is torchrun's. attempt: how often torchrun has started all of them again; its store still holds what was
             written before.
+        devices: the index of the device of each process of this machine, where our launcher has counted them.
         logs: folder in which our launcher looks for signs of life; None: somebody else started this process.
         launcher: the launcher's end of a pipe, as "file descriptor:inode"; it closes with the launcher.
     """
@@ -33,6 +34,7 @@ class Processes(BaseSettings):
     port: int | None = Field(default=None, gt=0, lt=2**16, validation_alias="MASTER_PORT")
     agent_store: bool = Field(default=False, validation_alias="TORCHELASTIC_USE_AGENT_STORE")
     attempt: int = Field(default=0, ge=0, validation_alias="TORCHELASTIC_RESTART_COUNT")
+    devices: tuple[int, ...] = Field(default=(), validation_alias="PANTHERAML_DEVICES")
     logs: Path | None = Field(default=None, validation_alias="PANTHERAML_LOGS")
     launcher: str | None = Field(default=None, validation_alias="PANTHERAML_LAUNCHER")
 

@@ -12,7 +12,7 @@ def select(inventory: Inventory, ask: HardwareAsk, asked_by: str = "the recipe",
     """The device, and one sentence why.
 
     `auto` takes the first kind that answered and is allowed, `gpu` the first kind of GPU; both say why those before it
-    were passed over. A kind that is named is taken or refused.
+    were passed over. A kind that is named is taken or refused, and so is an index; where none is, the first that answered is taken.
 
     Args:
         training: pass over kinds that no engine trains on. Otherwise, what computes is enough.
@@ -26,7 +26,8 @@ def select(inventory: Inventory, ask: HardwareAsk, asked_by: str = "the recipe",
         elif refusal := _refusal(kind, of_kind[0], ask, training=training):
             passed.append(f"not {kind}: {refusal}")
         else:
-            return _of_index(of_kind, inventory, ask, asked_by), _reason(ask, asked_by, passed)
+            others = [absent.why for absent in inventory.absent if absent.kind == kind]
+            return _of_index(of_kind, inventory, ask, asked_by), "; ".join((_reason(ask, asked_by, passed), *others))
     raise _nothing(inventory, ask, asked_by, passed)
 
 
@@ -43,6 +44,8 @@ def _refusal(kind: Kind, device: Device, ask: HardwareAsk, *, training: bool) ->
 
 
 def _of_index(of_kind: list[Device], inventory: Inventory, ask: HardwareAsk, asked_by: str) -> Device:
+    if "index" not in ask.model_fields_set:
+        return of_kind[0]
     for device in of_kind:
         if device.index == ask.index:
             return device

@@ -27,6 +27,8 @@ class XlaWorld:
         gave_up: the error for a host (its rank, how many there are, why) that goes no further.
     """
 
+    called = "host"
+
     def __init__(self, client: Any, rank: int, size: int, gave_up: Callable[[int, int, str], Exception]) -> None:
         self.rank, self.size, self._client, self._gave_up, self._round = rank, size, client, gave_up, 0
 

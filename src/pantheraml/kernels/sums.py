@@ -1,8 +1,10 @@
-"""Sums over processes, and how long this one waited for them."""
+"""Sums and exchanges over processes, and how long this one waited for them."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from pantheraml.recipe.kinds import in_host_memory
 
 
 class Sums:
-    """All-reduces of this process, timed by the clock of its device.
+    """All-reduces and all-to-alls of this process, timed by the clock of its device.
 
     Args:
         device: of the tensors.
@@ -25,20 +27,32 @@ class Sums:
 
     def over(self, tensor: Tensor, group: Any = None) -> Tensor:
         """The same tensor, with the sum of what the processes of a group have in it; None: of all."""
-        if in_host_memory(self._device.type):
-            began = time.perf_counter()
+        with self._timed():
             dist.all_reduce(tensor, group=group)
-            self._host_s += time.perf_counter() - began
-            return tensor
-        begin, end = torch.Event(self._device, enable_timing=True), torch.Event(self._device, enable_timing=True)
-        begin.record()
-        dist.all_reduce(tensor, group=group)
-        end.record()
-        self._events.append((begin, end))
         return tensor
 
+    def exchanged(self, tensor: Tensor, group: Any = None) -> Tensor:
+        """What the processes of a group have for this one, in their order: each cuts its contiguous tensor into equal parts, one for each."""
+        came = torch.empty_like(tensor)
+        with self._timed():
+            dist.all_to_all_single(came, tensor, group=group)
+        return came
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        if in_host_memory(self._device.type):
+            began = time.perf_counter()
+            yield
+            self._host_s += time.perf_counter() - began
+            return
+        begin, end = torch.Event(self._device, enable_timing=True), torch.Event(self._device, enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
     def take_s(self) -> float:
-        """Seconds since the last call that went by from the beginning of sums to their end: sending, and waiting for slower processes.
+        """Seconds since the last call that went by from the beginning of sums and exchanges to their end: sending, and waiting for slower processes.
 
         To be asked when the device has done what it was given.
         """

@@ -104,7 +104,7 @@ def calibrate(model: Any, tokens: Tokens, samples: Sequence[np.ndarray], *, cont
     import torch
 
     shape = shape_of(model, context)
-    weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().float() for name, value in model.state_dict().items()}
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     seen = Seen()
     with torch.no_grad():
@@ -256,9 +256,10 @@ class _Converter:
             embedding, scale = None, None
             gain = np.log(2) / LOGIT_OCTAVE * 2.0**-head.shift / (head_step_D * self._residual)
         else:
-            linear = _linear(own, np.full(len(own), self._residual))
+            step = float(np.abs(own).max()) / 2**13
+            linear = _linear(own, np.full(len(own), step))
             embedding, scale = linear.weight, linear.scale
-            gain = np.full(self._shape.hidden, 2.0**-linear.shift)
+            gain = np.full(self._shape.hidden, step * 2.0**-linear.shift / self._residual)
         shift = min(30, int(log2(LARGEST_OUTPUT / np.abs(gain).max())))
         return {
             "embedding": embedding,

@@ -244,13 +244,14 @@ class Cold:
             end = HEADER_BYTES if size >= HEADER_BYTES else 0
             wrong = wrong_header(file.read(HEADER_BYTES), segment) if end else None
             while 0 < end < size and wrong is None:
+                unused = used_from is not None and not used_from(segment, end)
                 try:
                     behind = block_end(file, segment, end, size)
-                    if behind == size:
+                    if unused or behind == size:
                         read_block(file, segment, end, size)
                     end = behind
                 except Damage as damage:
-                    if damage.torn or (used_from is not None and not used_from(segment, end)):
+                    if unused or damage.torn:
                         break
                     wrong = f"at offset {end:,}: {damage}"
         if wrong is not None:

@@ -138,10 +138,10 @@ class Block:
 
     def distance(self, rows: Rows, signs: U64) -> NDArray[np.uint16]:
         """In how many signs some rows differ from a query."""
-        whole = len(rows) == self.count
         out = np.zeros(len(rows), np.uint16)
+        whole = len(rows) > 0 and rows[-1] == len(rows) - 1  # the first ones, all of them: nothing needs to be picked
         for word, sign in zip(self.bits, signs, strict=True):
-            out += np.bitwise_count((word[: self.count] if whole else word[rows]) ^ sign)
+            out += np.bitwise_count((word[: len(rows)] if whole else word[rows]) ^ sign)
         return out
 
 

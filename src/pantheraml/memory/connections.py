@@ -69,16 +69,13 @@ def take_lock(folder: Path, wait_s: float) -> FileLock:
 def reading(folder: Path, cache_bytes: int) -> sqlite3.Connection:
     """A connection that can change nothing, not even copy the log."""
     uri = (folder / DB).absolute().as_uri()
-    connection = _connect(f"{uri}?mode=ro", cache_bytes)
     try:
-        connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        return _connect(f"{uri}?mode=ro", cache_bytes)
     except sqlite3.OperationalError:
         # Of a folder that may not be written, and of a store that was closed: no one can change it.
         if os.access(folder, os.W_OK) or (folder / WAL).exists():
             raise
-        connection.close()
-        connection = _connect(f"{uri}?immutable=1", cache_bytes)
-    return connection
+        return _connect(f"{uri}?immutable=1", cache_bytes)
 
 
 def writing(folder: Path, cache_bytes: int) -> sqlite3.Connection:
@@ -97,8 +94,13 @@ def writing(folder: Path, cache_bytes: int) -> sqlite3.Connection:
 def _connect(uri: str, cache_bytes: int) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5)
     connection.text_factory = bytes  # there is no text of ours; damaged bytes that claim to be some are no error here, and do not hold
-    for setting in (f"cache_size=-{cache_bytes // 1024}", "cell_size_check=ON", "trusted_schema=OFF"):
-        connection.execute(f"PRAGMA {setting}")
+    try:
+        for setting in (f"cache_size=-{cache_bytes // 1024}", "cell_size_check=ON", "trusted_schema=OFF"):
+            connection.execute(f"PRAGMA {setting}")
+        connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from logging import getLogger
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from pantheraml.memory.swap import finish_swap
 from pantheraml.memory.wal import Wal
 
 Check = Literal["quick", "full"]
+_SMALL_BYTES = 64 << 20
 _log = getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ class Database:
         create: bool = True,
         wal_bytes: int = 64 << 20,
         cache_bytes: int = 64 << 20,
-        check: Check = "quick",
+        check: Check | None = None,
         wait_s: float = 0.0,
         announce: Callable[[str], None] = _log.warning,
     ) -> None:
@@ -54,7 +55,7 @@ class Database:
 
         Args:
             first: settings of a new store. wal_bytes: of SQLite's log before it is copied into store.db. cache_bytes: of SQLite.
-            check: pages that are compared with their checksums before anything is written: the first, or all (about 1 s a GB).
+            check: pages that are compared with their checksums first: one ("quick"), or all ("full", 1 s a GB); None: all up to 64 MiB.
             wait_s: for another writer. announce: hears of each problem.
         Raises: StorageError if there is no store, it cannot be opened at all, or another process writes.
         """
@@ -80,7 +81,7 @@ class Database:
             self._closer()
             raise
 
-    def _open(self, first: Callable[[], Mapping[str, bytes]], create: bool, check: Check, wait_s: float) -> None:
+    def _open(self, first: Callable[[], Mapping[str, bytes]], create: bool, check: Check | None, wait_s: float) -> None:
         handles, at_rest = self._handles, not self.readonly
         if not self.readonly:
             if create:
@@ -94,16 +95,19 @@ class Database:
             tables.create_store(self.folder, first())
         handles.raw = RawFile(self.folder / DB)
         head = self._head.read()
-        self._sums, found = examine_files(self.folder, handles.raw, pages=1 if check == "quick" else None, live=not at_rest)
+        full = check == "full" or (check is None and os.fstat(handles.raw.handle).st_size <= _SMALL_BYTES)
+        self._sums, found = examine_files(self.folder, handles.raw, pages=None if full else 1, live=not at_rest)
         for problem in found:
             self._say(problem)
-        if first_page := [each for each in found if each.where == page_place(1) and not each.harmless]:
-            raise tables.cannot_be_opened(self.folder, str(first_page[0]))
+            if problem.where == page_place(1) and not problem.harmless:
+                raise tables.cannot_be_opened(self.folder, str(problem))
         try:
             handles.guard = reading(self.folder, self._cache_bytes // 8)
             self._tip, wrong = read_tip(handles.guard, head)
             version = int(tables.read_meta(handles.guard)["version"])
         except (sqlite3.Error, KeyError) as error:
+            if isinstance(error, sqlite3.OperationalError) and not self.problems:
+                raise  # no permission, or another program's lock
             raise tables.cannot_be_opened(self.folder, str(self.problems[0] if self.problems else repr(error))) from error
         for problem in wrong:
             self._say(problem)
@@ -121,8 +125,6 @@ class Database:
         if version != tables.VERSION:
             with self.write() as connection:
                 tables.migrate(connection, version, self.change(What.META, note=f"format {version} to {tables.VERSION}"))
-
-    # Reading
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -177,15 +179,12 @@ class Database:
         """Compares every page, every frame of the log and the side files with their checksums."""
         self._check_open()
         head = self._head.read()
-        live = self._handles.writer is None
-        raw = self._handles.raw
+        raw, live = self._handles.raw, self._handles.writer is None
         assert raw
-        with self._pool if live else self._lock, disk_errors(self.folder):
+        with nullcontext() if live else self._lock, disk_errors(self.folder):
             _, found = examine_files(self.folder, raw, pages=None, live=live, progress=progress)
         with self.read() as connection:
             return [*found, *read_tip(connection, head)[1]]
-
-    # Writing
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -337,10 +336,9 @@ class Database:
 
     def _follow(self) -> bool:
         """Reads what was committed, and looks whether the pages that were changed had been sound."""
-        new = set(self._wal.advance())
-        seen = self._seen[1] if self._seen[0] == self._wal.salts else set[int]()
-        raw = self._handles.raw
+        new, raw = set(self._wal.advance()), self._handles.raw
         assert raw
+        seen = self._seen[1] if self._seen[0] == self._wal.salts else set[int]()
         for page in sorted(new - seen):
             image = os.pread(raw.handle, PAGE, (page - 1) * PAGE)
             if len(image) == PAGE and not self._sums.accepts(page, image):

@@ -55,14 +55,12 @@ class Graph:
         return len(self._index)
 
     def add(self, block: Block, rows: NDArray[np.intp], *, threads: int = 1) -> None:
-        """Rows of a block, rising, none before `upto`. Vectors of zeros have no direction, and are left out."""
+        """Rows of a block, rising, none before `upto`. Vectors of zeros have no direction, and are left out. See `writable`."""
         if not any(block is each for each in self._kept):
             self._kept.append(block)
         for begin in range(0, len(rows), STEP_ROWS * threads):
             step = rows[begin : begin + STEP_ROWS * threads]
             with self._alone():
-                if self._mapped is not None:
-                    self._read(self._mapped)
                 # It keeps the address of what it is given, so only slices of the block itself will do.
                 for run in np.split(step, np.flatnonzero(np.diff(step) != 1) + 1):
                     first, last = int(run[0]), int(run[-1]) + 1
@@ -86,7 +84,7 @@ class Graph:
             return bytes(self._index.save())
 
     def load(self, data: Path | bytes, upto: int) -> None:
-        """What `to_bytes` gave; a file is not read but mapped, until something is added.
+        """What `to_bytes` gave; a file is mapped, and not read until `writable`.
 
         Raises: RuntimeError, ValueError for what usearch cannot read.
         """
@@ -97,6 +95,16 @@ class Graph:
             else:
                 self._read(data)
             self.upto = upto
+
+    def writable(self) -> bool:
+        """Read what is only mapped, so that something can be added. Returns False if the file is gone or cannot be read."""
+        with self._alone():
+            try:
+                if self._mapped is not None:
+                    self._read(self._mapped)
+            except (OSError, RuntimeError, ValueError):
+                return False
+            return True
 
     def _read(self, data: Path | bytes) -> None:
         """From here on the graph holds the vectors that it has."""

@@ -36,7 +36,9 @@ BEHIND = 8_192
 COMPARE_ALL = 16_384
 """Rows up to which all are compared; of more, only those whose signs are most like the query's."""
 SHORTLIST = 2_000
+"""Of those at least so many are compared, so many for each that is asked for, and such a share."""
 _PER_HIT = 50
+_SHARE = 0.01
 _STALE_SHARE = 0.3
 """Of a graph's rows that are deleted: from here on it is built anew."""
 _log = getLogger(__name__)
@@ -211,7 +213,8 @@ class Hot:
         fits = [(block, rows) for block in blocks if len(rows := block.matching(wanted, from_serial=from_serial))]
         total = sum(len(rows) for _, rows in fits)
         if total > COMPARE_ALL and not exact:
-            fits = self._scan.shortlist(fits, query, 4 * k) if self._scan else _shortlist(fits, query, max(SHORTLIST, _PER_HIT * k))
+            count = max(SHORTLIST, _PER_HIT * k, int(_SHARE * total))
+            fits = self._scan.shortlist(fits, query, 4 * k) if self._scan else _shortlist(fits, query, count)
         return _best_of(fits, query, k)
 
     # ---- Graphs --------------------------------------------------------------------------------------------------
@@ -246,7 +249,8 @@ class Hot:
         """Whether the tenant's graph is complete now."""
         known = self.graphs.get(tenant)
         try:
-            graph = known if known is not None and not self._stale(tenant, known) else Graph(self.dimensions)
+            usable = known is not None and not self._stale(tenant, known) and known.writable()
+            graph = known if known is not None and usable else Graph(self.dimensions)
         except MissingExtra as error:
             self.graph_from = None
             self._announce(f"searches compare all vectors, which takes longer: {error.what}; {error.fix}")

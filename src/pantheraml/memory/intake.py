@@ -62,6 +62,11 @@ class Item:
     created: int
 
     @property
+    def exact(self) -> bool:
+        """Whether every byte of it is kept."""
+        return self.record.fidelity == "exact"
+
+    @property
     def text(self) -> str:
         """What searches find it by: of JSON its names and values, of bytes nothing."""
         return self.data.decode("utf-8", "replace") if self.form in _FORMS_WITH_TEXT else ""
@@ -100,6 +105,8 @@ class Intake:
         if not record.key:
             raise DataError("a record has no key", why="its key is how it is found again", fix="give each record a key of its own")
         form, data = to_bytes(record.content)
+        if record.fidelity == "gist" and form == "bytes":
+            raise DataError(f"{record.key!r} is bytes, and a gist is asked for", why="only text has one", fix="put it with fidelity exact")
         created = now if record.created is None else microseconds(record.created)
         return Item(record, form, data, content_hash(form, data), created)
 
@@ -115,7 +122,7 @@ class Intake:
         numbers = iter(fresh)
         ids = [next(numbers) if id is None else id for id in ids]
         owners = self._owners(items, ids, set(old))
-        own = [i for i, owner in enumerate(owners) if owner == ids[i]]
+        own = [i for i, owner in enumerate(owners) if owner == ids[i] and items[i].exact]
         near = self._near([items[i] for i in own], set(old))
         rows = self._rows(items, ids, owners, own, near)
         taken = _bands_of([item for i, item in enumerate(items) if i in set(own)])
@@ -139,6 +146,9 @@ class Intake:
         first: dict[bytes, int] = {}
         owners: list[int] = []
         for item, id, known in zip(items, ids, stored, strict=True):
+            if not item.exact:
+                owners.append(id)
+                continue
             owners.append(known if known is not None and known not in old else first.setdefault(item.hash, id))
         return owners
 
@@ -173,6 +183,9 @@ class Intake:
         )
         encoded = dict(zip(own, payloads, strict=True))
         vectors = self._parts.finder.vectors([item.text for item in items])
+        short = [i for i, item in enumerate(items) if not item.exact]
+        gists = dict(zip(short, self._parts.gists().encode([items[i].text for i in short]), strict=True)) if short else {}
+        encoded |= dict(zip(gists, self._parts.codecs.encode_gists([each.text for each in gists.values()]), strict=True))
         origin = self._parts.finder.embedder.origin
         rows: list[Row] = []
         for i, item in enumerate(items):
@@ -195,7 +208,9 @@ class Intake:
                     origin=origin,
                     container=container,
                     same_as=owners[i] if payload is None else None,
-                    vector=vectors[i] if item.text else b"",
+                    vector=gists[i].vector if i in gists else vectors[i] if item.text else b"",
+                    fidelity=item.record.fidelity,
+                    score=gists[i].score if i in gists else None,
                 )
             )
         return rows

@@ -41,6 +41,8 @@ HIDDEN = -float(1 << 23)
 """Added to the score of a token that must not be seen: beyond all others, and still exact."""
 _FURTHEST = 1 << 22
 _EXACT_FLOAT32 = 1 << 24
+_BLOCK = 128
+"""Tokens that look back at once."""
 
 
 class Network:
@@ -252,8 +254,17 @@ class Network:
         import torch
 
         shape = self.model.shape
-        new, shared = k.shape[1], shape.heads // shape.groups
-        rows = len(k) // shape.groups
+        shared, rows = shape.heads // shape.groups, len(k) // shape.groups
+        new = q.shape[1] // shared
+        if before is None and mask is not None and new > _BLOCK:  # what is masked for all of a block is left out
+            q = q.view(len(k), shared, new, shape.head)
+            blocks = []
+            for start in range(0, new, _BLOCK):
+                stop = min(start + _BLOCK, new)
+                part = q[:, :, start:stop].reshape(len(k), -1, shape.head)
+                found = self._attention(part, k[:, :stop], v[:, :stop], None, mask[start:stop, :stop], scale, gain, tensors)
+                blocks.append(found.view(rows, stop - start, -1))
+            return torch.cat(blocks, 1).view(rows * new, -1)
         scores = torch.bmm(q, k.transpose(1, 2))
         if before is not None:
             scores = torch.cat([torch.bmm(q, before[0].transpose(1, 2)), scores], -1)

@@ -14,8 +14,7 @@ import blake3
 import numpy as np
 
 from pantheraml.errors import DeviceError
-from pantheraml.hardware.backend import backend_of
-from pantheraml.hardware.cpu import multiplies_int8
+from pantheraml.hardware.backend import Backend, backend_of
 from pantheraml.hardware.device import Device
 from pantheraml.memory.container import NEURAL
 from pantheraml.memory.integer_model import IntegerModel
@@ -24,6 +23,7 @@ from pantheraml.memory.predictor import as_inputs, windows
 from pantheraml.memory.record import Origin
 from pantheraml.memory.shared import ID_BYTES
 from pantheraml.memory.tokens import Tokens
+from pantheraml.recipe.kinds import in_host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MEMORY_SHARE = 4
 """A batch takes a fourth of the memory that is free at most."""
 _MOST_TOKENS, _MOST_ROWS = 1 << 16, 1024
-_MOST_TOKENS_CPU, _MOST_ROWS_CPU = 2048, 256
+_MOST_TOKENS_CPU, _MOST_ROWS_CPU = 1024, 256
 """What lies between the layers of so many tokens stays in the caches of a core."""
 
 
@@ -56,11 +56,10 @@ class IntegerPredictor:
         self.device = device
         backend = backend_of(device)
         self._compiled = backend.engine == "xla"
-        here = torch.device("cpu") if self._compiled else backend.torch_device(device.index)
+        here = torch.empty(0).device if self._compiled else backend.torch_device(device.index)
         self._call = _compiled(device) if self._compiled else _on(here)
-        wanted: tuple[Products, ...] = (products,) if products else _ways(device)
-        networks = (Network(self.model, here, each) for each in wanted)
-        network = next((each for each in networks if self._is_exact(each)), None)
+        wanted = (products,) if products else _ways(backend)
+        network = next((each for way in wanted if (each := self._exact(here, way))), None)
         if network is None:
             raise DeviceError(
                 f"{device} does not compute exact sums of whole numbers ({', '.join(wanted)})",
@@ -72,7 +71,7 @@ class IntegerPredictor:
         free = backend.memory(device.index).free_bytes if memory_bytes is None else memory_bytes * _MEMORY_SHARE
         room = (free or 1 << 30) // _MEMORY_SHARE
         widest = 4 * max(shape.vocabulary, shape.heads * shape.context, 2 * shape.inner)
-        cpu = device.kind == "cpu"
+        cpu = in_host_memory(device.kind)
         self._tokens_at_once = max(shape.context, min(_MOST_TOKENS_CPU if cpu else _MOST_TOKENS, room // (5 * widest)))
         per_row = 2 * shape.layers * shape.groups * shape.head * shape.context * network.floats.itemsize + 5 * widest
         self.rows = max(1, min(_MOST_ROWS_CPU if cpu else _MOST_ROWS, room // per_row))
@@ -128,22 +127,25 @@ class IntegerPredictor:
         if batch:
             yield batch
 
-    def _is_exact(self, network: Network) -> bool:
-        """Whether sums with the model's own weights come out right, those as large as they get among them."""
+    def _exact(self, here: torch.device, products: Products) -> Network | None:
+        """The network, if sums with the model's own weights come out right, those as large as they get among them."""
         import torch
 
-        draw = np.random.default_rng(0)
-        for name, linear in (("head", self.model.head), ("0.down", self.model.layers[0].down), ("0.qkv", self.model.layers[0].qkv)):
-            largest = linear.weight[np.abs(linear.weight.astype(np.int64)).sum(1).argmax()]
-            inputs = np.concatenate([[127 * np.sign(largest)], -127 * np.sign(largest)[None], draw.integers(-127, 128, (30, len(largest)))])
-            expected = inputs.astype(np.int64) @ linear.weight.astype(np.int64).T
-            try:
-                found = self._call(network.product, _tensor(inputs.astype(np.int32)), network.tensors[f"{name}.weight"])
-            except (RuntimeError, NotImplementedError):
-                return False
-            if not torch.equal(found.cpu().long(), torch.from_numpy(expected)):
-                return False
-        return True
+        draw, parts = np.random.default_rng(0), {"head": self.model.head}
+        for i, layer in enumerate(self.model.layers[:1]):
+            parts |= {f"{i}.qkv": layer.qkv, f"{i}.down": layer.down}
+        try:
+            network = Network(self.model, here, products)
+            for name, linear in parts.items():
+                signs = np.sign(linear.weight[np.abs(linear.weight.astype(np.int64)).sum(1).argmax()]).astype(np.int64)
+                inputs = np.concatenate([[127 * signs, -127 * signs], draw.integers(-127, 128, (30, len(signs)))])
+                expected = torch.from_numpy(inputs @ linear.weight.astype(np.int64).T)
+                found = self._call(network.product, _tensor(inputs), network.tensors[f"{name}.weight"])
+                if not torch.equal(found.cpu().long(), expected):
+                    return None
+        except (RuntimeError, TypeError, NotImplementedError):  # as devices say that they have no such numbers
+            return None
+        return network
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +257,12 @@ def _tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, np.int32))
 
 
-def _ways(device: Device) -> tuple[Products, ...]:
-    """How products can be computed, the fastest first. Without instructions for int8, some CPUs cut sums of it at 16 bits."""
-    fast: tuple[Products, ...] = ("int8",) if device.kind == "cpu" and multiplies_int8() else ()
-    return (*fast, "float32", *(("float64",) if device.kind in ("cpu", "cuda") else ()))
+def _ways(backend: Backend) -> tuple[Products, ...]:
+    """How products can be computed, the fastest first. Processors that have no instructions for it may cut sums of int8 at 16 bits."""
+    if backend.engine != "torch":
+        return ("float32",)
+    int8: tuple[Products, ...] = ("int8",) if in_host_memory(backend.kind) and "int8" in backend.quantizers else ()
+    return (*int8, "float32", "float64")
 
 
 def _on(device: torch.device) -> Callable[..., Any]:

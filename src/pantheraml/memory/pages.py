@@ -128,8 +128,8 @@ class Sums:
         self._hold(entries, log)
 
     def promote(self, log: Log) -> None:
-        """After a checkpoint that has copied all of `log`: the newest sums count alone. Raises: OSError."""
-        self._append(_PROMOTED, b"", 0, log, durable=False)
+        """After a checkpoint that has copied all of `log`: the newest sums count alone. On disk when this returns. Raises: OSError."""
+        self._append(_PROMOTED, b"", 0, log)
         self._promoted(log)
 
     def _hold(self, entries: NDArray[np.void], log: Log) -> None:
@@ -146,7 +146,7 @@ class Sums:
             base[entries["page"] - 1] = entries["sum"]  # the last of equal pages counts
         self.base, self.held, self.log, self.covered, self._by_page = base, [], None, (*log.salts, log.frames), None
 
-    def _append(self, kind: int, body: bytes, count: int, log: Log, *, durable: bool = True) -> None:
+    def _append(self, kind: int, body: bytes, count: int, log: Log) -> None:
         data = _batch(kind, body, count, log, self.end)
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
@@ -155,8 +155,7 @@ class Sums:
             written = 0
             while written < len(data):
                 written += os.pwrite(handle, data[written:], self.end + written)
-            if durable:
-                os.fsync(handle)
+            os.fsync(handle)  # so that a loss of power tears the last batch at most
         finally:
             os.close(handle)
         self.end += len(data)
@@ -203,8 +202,13 @@ def read_sums(path: Path) -> Sums:
         if len(head) < _HEAD_BYTES or not any(data[sums.end :]):  # cut off, or room that a loss of power left empty
             break
         if not _header_holds(head, sums.end):
-            sums.problems.append(Problem(path.name, f"bytes {sums.end} to {sums.end + _HEAD_BYTES - 1}", "a header is damaged"))
             following = next((at for at in _places(data, sums.end + 1) if _header_holds(data[at : at + _HEAD_BYTES], at)), len(data))
+            # Behind all that counts: torn by a loss of power, and then what it says is not needed yet, or not any more.
+            last = following == len(data) and len(sums.base) > 0
+            where = f"bytes {sums.end} to {sums.end + _HEAD_BYTES - 1}"
+            sums.problems.append(Problem(path.name, where, "a header is damaged", harmless=last))
+            if last:
+                break
             sums.end = following
             continue
         _, kind, count, pages, salt1, salt2, frames = _HEAD.unpack(head[:-8])

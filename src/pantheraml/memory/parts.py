@@ -14,6 +14,7 @@ from pantheraml.memory.codec import Codecs
 from pantheraml.memory.cold import Cold
 from pantheraml.memory.contents import Contents
 from pantheraml.memory.finder import Finder
+from pantheraml.memory.gist import GistCodec, Summarise
 from pantheraml.memory.policy import Budgets
 from pantheraml.memory.records import Records
 from pantheraml.memory.seal import Keys
@@ -44,11 +45,12 @@ class Parts:
         embedder: str | None,
         device: str,
         budgets: Budgets,
+        summarise: Summarise | None,
         wait_s: float,
         announce: Callable[[str], None],
     ) -> None:
         self.path, self.readonly, self.budgets, self.announce = path, readonly, budgets, announce
-        self.asked_device = device
+        self.asked_device, self._summarise = device, summarise
         self.lock = threading.RLock()
         self.hot: dict[int, bytes] = {}
         """Contents that lie decoded in memory, by number; compacting says which."""
@@ -80,6 +82,10 @@ class Parts:
         if not isinstance(self.records, Warm):
             raise ValueError("the store was opened for reading")
         return self.records
+
+    def gists(self) -> GistCodec:
+        """What makes gists of texts, as the store finds its records."""
+        return GistCodec(self.finder.embedder, summarise=self._summarise)
 
     def open_codecs(self) -> None:
         """As the settings say which dictionaries and which model there are."""

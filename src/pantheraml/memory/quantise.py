@@ -197,9 +197,8 @@ def train_book(vectors: F32, parts: int, *, device: Device | None = None, seed: 
         worst = []
         for block in points_PND.split(_BLOCK, dim=1):
             distance, nearest = torch.cdist(block, centroids_PKD).min(dim=2)
-            one = torch.nn.functional.one_hot(nearest, CENTROIDS).to(block.dtype)
-            sums += one.transpose(1, 2) @ block
-            counts += one.sum(dim=1)
+            sums.scatter_add_(1, nearest[..., None].expand_as(block), block)
+            counts.scatter_add_(1, nearest, torch.ones_like(distance))
             worst.append(distance)
         centroids_PKD = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], centroids_PKD)
         far = torch.cat(worst, dim=1).argsort(dim=1, descending=True)

@@ -37,6 +37,7 @@ class Record:
         kind: records of one kind look alike, and share a dictionary.
         tenant: whose it is; no query sees another one's. None: that of the memory it is put into.
         created: with a time zone; None: when it is put. metadata: what searches can ask for.
+        fidelity: gist: only what it is about is kept, a vector and maybe a summary; see gist.py.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Record:
     tenant: str | None = None
     created: datetime | None = None
     metadata: Mapping[str, JSON] = field(default_factory=dict[str, JSON])
+    fidelity: Fidelity = "exact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

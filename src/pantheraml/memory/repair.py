@@ -76,23 +76,32 @@ def repair(folder: Path, *, keys: Keys | None = None, announce: Callable[[str], 
         with disk_errors(folder), sqlite_errors(folder):
             finish_swap(folder)
             problems = _looked_at(folder, keys)
-            if not problems:
-                return Repaired()
-            wreck = Wreck(folder)
-            try:
+            if all(each.harmless for each in problems):
+                lock.release()
+                return _settled(folder, keys, problems, announce)
+            with Wreck(folder) as wreck:
                 rebuilt = _Rebuilt(wreck, keys, folder)
                 rebuilt.write()
-            finally:
-                wreck.close()
             when = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
             quarantine = swap(folder, when)
     finally:
-        lock.release()
+        lock.release()  # also where it was before
     for problem in problems:
         announce(str(problem))
     for lost in rebuilt.lost:
         announce(f"record {lost.id}{f' ({lost.key!r})' if lost.key else ''} is lost: {lost.why}")
     return Repaired(rebuilt.kept, tuple(rebuilt.lost), tuple(rebuilt.doubtful), tuple(rebuilt.missing), tuple(problems), quarantine)
+
+
+def _settled(folder: Path, keys: Keys | None, problems: list[Problem], announce: Callable[[str], None]) -> Repaired:
+    """Where a loss of power has left what a writer puts in order by itself."""
+    if problems:
+        with Records(folder, keys=keys, announce=announce) as store:
+            store.checkpoint()
+            more = store.verify()
+        if not all(each.harmless for each in more):
+            return repair(folder, keys=keys, announce=announce)
+    return Repaired(problems=tuple(problems))
 
 
 def _looked_at(folder: Path, keys: Keys | None) -> list[Problem]:
@@ -104,13 +113,10 @@ def _looked_at(folder: Path, keys: Keys | None) -> list[Problem]:
         with Records(folder, keys=keys, readonly=True, announce=lambda said: None) as store:
             return store.verify()
     except StorageError as error:
-        wreck = Wreck(folder)
-        try:
+        with Wreck(folder) as wreck:
             settings = {name: value for name, (_, value) in wreck.read().settings.items() if value is not None}
             open_seal(folder, settings, keys)  # a wrong key is no damage
             return wreck.problems or [Problem(DB, "file", error.what)]
-        finally:
-            wreck.close()
 
 
 class _Rebuilt:
@@ -194,7 +200,8 @@ class _Rebuilt:
             yield id, blob
         there = np.isin(self._ids, ids)
         for k in np.flatnonzero(np.isin(changes["what"], LIVE) & ~there).tolist():
-            self._lose(int(self._ids[k]), f"change {seqs[k]} has written it, and no sound copy is left")
+            perhaps = ", or a change that is lost has deleted it" if any(last > seqs[k] for _, last in self.missing) else ""
+            self._lose(int(self._ids[k]), f"change {seqs[k]} has written it, and no sound copy is left{perhaps}")
 
     def _without_base(self, ids: set[int]) -> set[int]:
         """Takes out what cannot be decoded any more; `ids` are those that are left."""

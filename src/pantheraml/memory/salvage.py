@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +46,10 @@ class Found:
     """All that was read.
 
     Attributes:
-        id, seq, frame, page, offset, current: of each sound copy of a row, where it lies; current: 1 in the newest version of a page in use.
-        blocks: of the ledger. settings: name to value. bands: entries of runs. uses: of records. hurt: rows that do not hold, by number,
-        with what their key seems to be. acknowledged: number of the newest change that was; None: store.head is damaged.
+        id, seq, frame, page, offset, current: of each sound copy of a row, where it lies; current: 1 where no newer version of its page was
+        written, and the page is in use. blocks: of the ledger. settings: name to value. bands: entries of runs. uses: of records.
+        hurt: rows that do not hold, by number, with what their key seems to be.
+        acknowledged: number of the newest change that was; None: store.head is damaged.
     """
 
     id: array[int] = field(default_factory=lambda: array("q"))
@@ -71,7 +73,7 @@ class Found:
 
 
 class Wreck:
-    """The pages of a store, in all versions that its files hold. problems: that were met. Close it when done.
+    """The pages of a store, in all versions that its files hold, to be used in a `with`. problems: that were met.
 
     Raises: OSError.
     """
@@ -85,23 +87,28 @@ class Wreck:
         self.head = Head(folder / HEAD).read()
         if isinstance(self.head, str):
             self.problems.append(Problem(HEAD, "file", self.head))
-        frames, _, wrong = examine(folder / WAL, self._sums.covered)
+        frames, taken, wrong = examine(folder / WAL, self._sums.covered)
         self.problems += [*self._sums.problems, *wrong]
         self._frames = _mended_header(folder / WAL) if frames and len(frames) and not frames.holds[0] else frames
         self._log = os.open(folder / WAL, os.O_RDONLY) if self._frames else -1
         self._versions: dict[int, list[int]] = {}
-        self.end, self._pages = 0, self._db_pages
+        self._last: dict[int, int] = {}  # of any kind, also damaged or behind the end
+        self.end, self._pages, self._commits = 0, self._db_pages, np.zeros(0, np.int64)
         if self._frames:
-            commits = np.flatnonzero(self._frames.sound & self._frames.related & (self._frames.size > 0))
-            self.end = int(commits[-1]) + 1 if len(commits) else 0
+            belongs = self._frames.sound & self._frames.related
+            self._commits = np.flatnonzero(belongs & (self._frames.size > 0))
+            self.end = self._last_commit(taken)
             self._pages = int(self._frames.size[self.end - 1]) if self.end else self._db_pages
-            self._commits = commits
-            for k in np.flatnonzero(self._frames.sound & self._frames.related).tolist():
+            for k in np.flatnonzero(belongs).tolist():
                 self._versions.setdefault(int(self._frames.page[k]), []).append(k)
+            for k in np.flatnonzero(self._frames.related).tolist():
+                self._last[int(self._frames.page[k])] = k
         self._free = self._free_pages()
 
-    def close(self) -> None:
-        """Closes the files."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._raw:
             self._raw.close()
         if self._log >= 0:
@@ -111,9 +118,11 @@ class Wreck:
         """Reads all pages in all versions."""
         found = Found(acknowledged=self.head[0] if isinstance(self.head, tuple) else None)
         for frame, number, image, sound in self._images():
-            newest = self._newest(number)
-            current = sound and frame == newest and frame < self.end and number <= self._pages and number not in self._free
+            used = sound and frame == self._newest(number) and number <= self._pages and number not in self._free
+            current = sound and frame == self._last.get(number, _IN_DB) and (used or frame >= self.end)
             for cell, offset in _cells(image, number) if sound else ():
+                if used and (use := _use(cell)):
+                    found.uses[cell.rowid] = use
                 self._sort(found, cell, offset, frame, number, current)
             if not sound or not self._proved:
                 for cell, offset in _cells_anywhere(image):
@@ -130,6 +139,24 @@ class Wreck:
             if sound_seq(found.id[i], blob) == found.seq[i]:
                 return blob
         raise AssertionError("it was read before")
+
+    def _last_commit(self, taken: int) -> int:
+        """Behind which frame nothing was committed: SQLite's end of the log, or farther where more was acknowledged than it would take."""
+        assert self._frames
+        if isinstance(self.head, str):
+            return int(self._commits[-1]) + 1 if len(self._commits) else 0
+        end = taken
+        for commit in self._commits[self._commits >= taken].tolist():
+            newest = 0
+            for k in range(end, commit + 1):
+                for cell, _ in _cells(page_at(self._log, k), int(self._frames.page[k])) if self._frames.sound[k] else ():
+                    block = unpack_block(cell.rowid, cell.local[start:]) if (start := _blob(cell)) is not None else None
+                    newest = max(newest, block.tip.seq if block else 0)
+            if newest > self.head[0]:
+                break
+            if newest:
+                end = commit + 1
+        return end
 
     def _images(self) -> Iterator[tuple[int, int, bytes, bool]]:
         """frame, number, image, and whether it is what was written: of store.db first, then of the log as it was written."""
@@ -151,10 +178,7 @@ class Wreck:
                     self.problems.append(Problem(WAL, frame_place(k), "it does not match its checksum"))
 
     def _sort(self, found: Found, cell: Cell, offset: int, frame: int, number: int, current: bool) -> None:
-        use = _use(cell)
-        if use and current:
-            found.uses[cell.rowid] = use
-        if use or _blob(cell) is None:
+        if _blob(cell) is None:
             return
         acknowledged = frame < self.end or (found.acknowledged or 0)
         for as_of in (frame, None) if cell.overflow else (frame,):

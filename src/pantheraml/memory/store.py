@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, Self
 from pantheraml.errors import DataError, StorageError
 from pantheraml.memory.census import Stats, count
 from pantheraml.memory.container import NAMES
+from pantheraml.memory.gist import Summarise
 from pantheraml.memory.intake import EPOCH, Intake, Stored, microseconds
 from pantheraml.memory.ledger import What
 from pantheraml.memory.parts import Parts
 from pantheraml.memory.policy import Budgets
-from pantheraml.memory.record import JSON, Content, Decoded, Hit, Info, Record, from_bytes, to_bytes
+from pantheraml.memory.record import JSON, Content, Decoded, Fidelity, Hit, Info, Record, from_bytes, to_bytes
 from pantheraml.memory.rows import Row
 from pantheraml.memory.same import Likeness, bands, signatures, verify
 from pantheraml.memory.seal import Keys
@@ -59,6 +60,7 @@ class Memory:
         embedder: str | None = None,
         device: str = "auto",
         budgets: Budgets | None = None,
+        summarise: Summarise | None = None,
         wait_s: float = 0.0,
         announce: Callable[[str], None] = _log.warning,
     ) -> Memory:
@@ -70,6 +72,7 @@ class Memory:
             keys: of an encrypted store; given to a new one, that is encrypted.
             embedder: how records are found: "lexical", which needs no model, or "model NAME", any model of the Hub or a folder.
             device: where models compute ("cpu", "cuda:1", "auto"). budgets: what compacting keeps where.
+            summarise: makes the summaries of gists, see `gist.summaries_by`; None: they have none.
             wait_s: for another process that writes. announce: hears of damage, in sentences.
         Raises: StorageError if it is locked, damaged beyond reading, or the key is wrong; RecipeError for another embedder than its own.
         """
@@ -81,6 +84,7 @@ class Memory:
             embedder=embedder,
             device=device,
             budgets=budgets or Budgets(),
+            summarise=summarise,
             wait_s=wait_s,
             announce=announce,
         )
@@ -100,12 +104,15 @@ class Memory:
         kind: str = "note",
         created: datetime | None = None,
         metadata: Mapping[str, JSON] | None = None,
+        fidelity: Fidelity = "exact",
     ) -> Stored:
         """Keep a record, in place of one with the same key. It is on the disk when this returns.
 
+        Args:
+            fidelity: gist: keep only what it is about; `get` then gives the summary, if there is one, and says how like it is.
         Raises: DataError for content that is neither text, bytes nor JSON; StorageError if the disk refuses.
         """
-        return self.put_many([Record(key=key, content=content, kind=kind, created=created, metadata=metadata or {})])[0]
+        return self.put_many([Record(key=key, content=content, kind=kind, created=created, metadata=metadata or {}, fidelity=fidelity)])[0]
 
     def put_many(self, records: Iterable[Record]) -> list[Stored]:
         """Keep records, all of them or, after an error, none. Of two with one key the later one stays.

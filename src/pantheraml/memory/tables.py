@@ -120,7 +120,8 @@ def must_be_new(folder: Path, create: bool) -> None:
             fix="wait for it; if none runs, open the store for writing once, which ends it",
         )
     head = Head(folder / HEAD).read()
-    if (folder / WAL).exists() or (isinstance(head, tuple) and head[0] > 1):
+    logged = (folder / WAL).exists() and (folder / WAL).stat().st_size > 0  # a reader may leave an empty one
+    if logged or (isinstance(head, tuple) and head[0] > 1):
         raise StorageError(
             f"{folder / DB} is missing",
             why="other files of the store are there, so it was not empty",

@@ -25,6 +25,8 @@ import numpy as np
 
 from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import DataError
+from pantheraml.hardware.device import Device
+from pantheraml.hardware.find import find
 from pantheraml.memory.calibrate import calibrate
 from pantheraml.memory.integer_model import SUFFIX
 from pantheraml.memory.integer_predictor import IntegerPredictor
@@ -170,7 +172,8 @@ def train_model(
     announce(f"{parameters:,} parameters learn for {steps} steps")
     run = plan.train("run", steps)
     model, tokens = _read(run.folder / MODEL, size)
-    data, measured = _in_whole_numbers(model, tokens, [clean[i] for i in calibrated], [clean[i] for i in measured_on], size.context)
+    device = find(hardware, training=False).device
+    data, measured = _in_whole_numbers(model, tokens, [clean[i] for i in calibrated], [clean[i] for i in measured_on], device)
     measured = replace(measured, documents=len({names[i] for i in measured_on}))
     announce(
         f"{measured.bits:.3f} bits a byte of texts that it has not seen ({measured.float_bits:.3f} in floats); it takes {len(data):,} bytes"
@@ -300,23 +303,23 @@ def _read(folder: Path, size: Size) -> tuple[Any, Tokens]:
     from pantheraml.models.load import load_model, load_tokenizer
 
     spec = ModelSpec(name=str(folder))
-    model = load_model(spec, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_model(spec, dtype=torch.float32, device=torch.empty(0).device)
     tokenizer: Any = load_tokenizer(spec)
     return model, Tokens.of(tokenizer.backend_tokenizer, begin=0, vocabulary=size.vocabulary)
 
 
-def _in_whole_numbers(model: Any, tokens: Tokens, samples: Sequence[str], texts: Sequence[str], context: int) -> tuple[bytes, Measured]:
+def _in_whole_numbers(model: Any, tokens: Tokens, samples: Sequence[str], texts: Sequence[str], device: Device) -> tuple[bytes, Measured]:
     """The model's file, and what both models make of the texts."""
-    made = calibrate(model, tokens, tokens.encode([text.encode() for text in samples]), context=context)
+    made = calibrate(model, tokens, tokens.encode([text.encode() for text in samples]))
     contents = tokens.encode([text.encode() for text in texts])
-    predictor = IntegerPredictor(made.to_bytes(), host_device())
+    predictor = IntegerPredictor(made.to_bytes(), device)
     bits = sum(float(np.log2(total / width).sum()) for _, width, total in predictor.intervals(contents))
     total_bytes = sum(len(text.encode()) for text in texts)
     measured = Measured(
         documents=0,
         texts=len(texts),
         bytes=total_bytes,
-        float_bits=sum(_float_bits(model, content, context) for content in contents) / total_bytes,
+        float_bits=sum(_float_bits(model, content, predictor.context) for content in contents) / total_bytes,
         bits=bits / total_bytes,
     )
     return replace(made, measured={"bits": round(measured.bits, 4), "float_bits": round(measured.float_bits, 4)}).to_bytes(), measured

@@ -207,8 +207,9 @@ def examine(path: Path, covered: tuple[int, int, int] = (0, 0, 0)) -> tuple[Fram
 
     Args:
         covered: salts, and number of frames in a log with them, that were committed for sure (a checkpoint was begun with them).
-    Returns: its frames (None: there is no log), how many of them SQLite would take, and what is damaged. A last transaction that
-        does not hold may be damaged, or was never finished: that only the number of the newest acknowledged change can tell.
+    Returns: its frames (None: there is no log), how many of them SQLite would take, and what is damaged. What does not hold behind what
+        was committed for sure is called harmless: it may never have been finished, when power was lost. Whether something that was
+        acknowledged is lost by it, the number of the newest acknowledged change tells (`examine.read_tip`).
     """
     try:
         with path.open("rb") as file:
@@ -230,13 +231,12 @@ def examine(path: Path, covered: tuple[int, int, int] = (0, 0, 0)) -> tuple[Fram
 def _damaged(name: str, header: Header, frames: Frames, taken: int, covered: tuple[int, int, int]) -> Iterator[Problem]:
     certain = covered[2] if covered[:2] == header.salts else 0
     of_this_log = np.flatnonzero(frames.sound & frames.related)
-    commits = np.flatnonzero(frames.sound & frames.related & (frames.size > 0))
     end = max(certain, int(of_this_log[-1]) + 1 if len(of_this_log) else 0)
     for k in np.flatnonzero(~((frames.holds | frames.mended) & frames.salted)[:end]).tolist():
-        lost = k < certain or (len(commits) > 0 and int(commits[-1]) >= k)
         what = "does not match its checksum" if not frames.sound[k] else "has a damaged checksum or salt"
-        what += f": SQLite would drop all from here on ({taken} frames stand before)" if lost else "; no commit is lost by it"
-        yield Problem(name, frame_place(k), what, harmless=not lost)
+        yield Problem(name, frame_place(k), f"{what}: SQLite drops all from here on ({taken} frames stand before)", harmless=k >= certain)
+        if k >= certain:  # a transaction that a loss of power has torn is no better further on
+            break
     if certain > len(frames):
         yield Problem(name, f"its end, after {len(frames)} frames", f"{certain - len(frames)} committed frames are missing")
 

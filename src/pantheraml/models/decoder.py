@@ -199,8 +199,10 @@ class Decoder:
         if facts.rotates:
             cos, sin = angles[facts.angles]
             q, k = (rope(each, cos, sin, interleaved=family.interleaved) for each in (q, k))
+        if batch.cp is not None:
+            q, k, v = batch.cp.to_heads(q, k, v)
         out = attention(q, k, v, batch.starts, batch.longest, scale=attend.scaling, window=facts.window, softcap=facts.softcap)
-        return out.flatten(1)
+        return (out if batch.cp is None else batch.cp.to_tokens(out)).flatten(1)
 
     def _group(self, modules: Sequence[nn.Module], x: Tensor, norm: Any, keep: bool) -> tuple[Tensor, ...]:
         """The results of linear layers on norm(x), and x."""
@@ -299,7 +301,11 @@ class Decoder:
         """(cos, sin), float32 [N, R] each, by the model's own rule: for each type of layers that has its own, or for None."""
         rotary, own = self._backbone.rotary_emb, {facts.angles for facts in self._facts}
         wide = torch.empty(0, device=batch.input_ids.device)  # only its dtype and device are looked at
-        return {kind: self._once(rotary(wide, batch.position_ids, *([] if kind is None else [kind]))) for kind in own}
+        positions = batch.position_ids
+        if batch.cp is not None:  # some rules go by the last position of all tokens, which may be in another process's part
+            positions = nn.functional.pad(positions, (0, 1), value=batch.longest - 1)
+        found = {kind: self._once(rotary(wide, positions, *([] if kind is None else [kind]))) for kind in own}
+        return {kind: (cos[: batch.input_ids.numel()], sin[: batch.input_ids.numel()]) for kind, (cos, sin) in found.items()}
 
     def _once(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """transformers gives each angle twice."""
@@ -333,6 +339,16 @@ def decodes(model: Any) -> str | None:
     if output_head(model) is None:
         return "its output head is more than a matrix"
     return None
+
+
+def unexchangeable(model: Any, size: int) -> str | None:
+    """Why its heads cannot be exchanged between so many processes (kernels/context_parallel.py); None: they can."""
+    why = decodes(model)
+    if why is not None:
+        return f"its layers are not computed by the kernels: {why}"
+    config = causal_model(model).config
+    counts = ((config.num_key_value_heads, "key heads"), (config.num_attention_heads, "heads"))
+    return next((f"{size} does not divide its {count} {what}" for count, what in counts if count % size), None)
 
 
 def _is_other(part: nn.Module) -> bool:

@@ -1,4 +1,7 @@
-"""Answers from a model: many prompts at once, left-padded, greedy or sampled; or one, piece by piece."""
+"""Answers from a model, as text: many prompts at once, greedy or sampled; or one, piece by piece.
+
+The simple way in for evaluations, samples and conversations. models/batch.py computes them, for services as well.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pantheraml.models.head import causal_model
+from pantheraml.models.stops import stop_tokens
 
 BATCH_ROWS = 32
-# Ends of a turn that some tokenizers know without calling them their end-of-text token.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_role|>")
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: what the model's generation config says, the tokenizer's end of text, known ends of a turn."""
-    configured = causal_model(model).generation_config.eos_token_id
-    known = tokenizer.get_vocab()
-    stops = [configured] if isinstance(configured, int) else list(configured or ())
-    stops += [tokenizer.eos_token_id] + [known[end] for end in _TURN_ENDS if end in known]
-    return list(dict.fromkeys(stop for stop in stops if stop is not None))
+# What a model's generation config may say without changing which token comes next.
+_HARMLESS = {
+    "_from_model_config",
+    "bos_token_id",
+    "cache_implementation",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "pad_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def generate(
@@ -35,22 +44,71 @@ def generate(
 
     Args:
         prompts: token ids; at least one each.
-        temperature: 0: always the likeliest token. Otherwise drawn from torch's generator.
+        temperature: 0: always the likeliest token. Otherwise drawn, from seeds that come from torch's generator.
         on_text: for one prompt, is given the answer piece by piece.
     Raises: ValueError for an empty prompt, or `on_text` with several.
     """
     import torch
 
+    from pantheraml.models.batch import Batcher
+    from pantheraml.models.request import Request
+
     if not all(prompts) or (on_text and len(prompts) != 1):
         raise ValueError("every prompt needs a token, and on_text takes one prompt")
+    if not prompts:
+        return []
+    # Unless the model says so, all tokens can be drawn: transformers would take the 50 likeliest.
+    top_k = (causal_model(model).generation_config.top_k or 0) if temperature != 0 else 0
+    longest = max(len(prompt) for prompt in prompts)
+    batcher = None
+    if not _has_ways_of_its_own(model):
+        rows = min(len(prompts), BATCH_ROWS)
+        batcher = Batcher(model, tokenizer, rows=rows, tokens=longest + max_new_tokens, steady=rows > 1)
+    if batcher is None or batcher.fallback is not None:
+        how: dict[str, Any] = {"do_sample": False}
+        if temperature != 0:
+            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        return _by_transformers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, on_text=on_text, **how)
+    seeds = torch.randint(1 << 62, (len(prompts),)).tolist() if temperature != 0 else [0] * len(prompts)
+    requests = [
+        Request(
+            prompt=tuple(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            on_text=on_text,
+        )
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    # Those of like length together, so that they are read in one shape.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = dict(zip(order, batcher.run([requests[i] for i in order]), strict=True))
+    return [answers[i].text for i in range(len(prompts))]
+
+
+def _has_ways_of_its_own(model: Any) -> bool:
+    """Whether a model's generation config asks for more than the likeliest token, such as a penalty for repetition."""
+    said = causal_model(model).generation_config.to_diff_dict()
+    return any(value is not None for name, value in said.items() if name not in _HARMLESS)
+
+
+def _by_transformers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    on_text: Callable[[str], None] | None,
+    **how: Any,
+) -> list[str]:
+    """The same by transformers' own generate, left-padded, for models that the rows of a cache do not suit."""
+    import torch
+
     stops = stop_tokens(model, tokenizer)
     # Padding is masked, so any token will do.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
-    how: dict[str, Any] = {"do_sample": False}
-    if temperature != 0:
-        # Unless the model says so, all tokens can be drawn: transformers would take the 50 likeliest.
-        top_k = causal_model(model).generation_config.top_k or 0
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()

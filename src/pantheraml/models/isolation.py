@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from pantheraml.recipe.kinds import in_host_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +38,21 @@ def keeps_apart(model: Any) -> bool:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _there(model, device.type):
             alone, behind, behind_another = logits(example), logits(first, example), logits(second, example)
     finally:
         model.train(was_training)
     size, dtype = alone.norm().clamp_min(1e-30), str(model.dtype).removeprefix("torch.")
     return float((behind - alone).norm() / size) <= ALONE[dtype] and float((behind - behind_another).norm() / size) <= IN_FRONT[dtype]
+
+
+@contextmanager
+def _there(model: Any, type: str) -> Iterator[None]:
+    """Within the block the model computes where it lies. In ordinary memory flash_attention_2 does not; plain attention gets the same positions."""
+    config, asked = model.config, model.config._attn_implementation
+    if asked == "flash_attention_2" and in_host_memory(type):
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = asked

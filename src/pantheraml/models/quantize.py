@@ -180,6 +180,21 @@ def to_eight_bits(model: Any, bits: EightBit) -> int:
     return len(found)
 
 
+def held_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that a model was loaded with, one at a time: what is in four bits with its scales, what is in eight as it is multiplied by."""
+    yield from model.named_parameters()
+    for place, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # those are computed, not loaded
+                yield f"{place}.{name}", buffer
+        if isinstance(module, EightBitLinear):
+            yield f"{place}.matrix", module.matrix()
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        while state is not None:  # the scales of bitsandbytes are in few bits themselves
+            yield from ((f"{place}.{name}", value) for name, value in vars(state).items() if isinstance(value, Tensor))
+            state = state.state2
+
+
 def leave_file(model: Any) -> None:
     """Copy what is left of the weights in ordinary memory: as they were read they are pages of a file, all of which stay while one is in use."""
     copies: dict[object, Tensor] = {}  # what shared its memory goes on doing so

@@ -100,6 +100,7 @@ def choose_micro_tokens(
     layers: int,
     rungs: tuple[Level, ...],
     mixes: bool = True,
+    sharers: int = 1,
     asked: int | None = None,
     remedies: tuple[str, ...] = (),
 ) -> MicroBatch:
@@ -112,12 +113,13 @@ def choose_micro_tokens(
         peak_flops: of the device, or None.
         layers: of the model. rungs: levels that may be used, the fastest first. Products are computed again only if not even
             one row fits without, and then in no more layers than it takes. mixes: layers can be at different levels.
+        sharers: processes of which each computes a part of the tokens.
         asked: micro_tokens of the recipe, taken as it is; refused only over all of the free memory.
         remedies: what would make it fit, best first, for the error.
     Raises: DeviceError with the numbers, if it does not fit.
     """
     budget = free_bytes if asked else int(free_bytes * HEADROOM)
-    busy = BUSY_TOKENS_FAST if peak_flops is not None and peak_flops >= FAST_FLOPS else BUSY_TOKENS
+    busy = sharers * (BUSY_TOKENS_FAST if peak_flops is not None and peak_flops >= FAST_FLOPS else BUSY_TOKENS)
     # Steps differ in length: with a quarter more, nearly all of them are taken at once.
     in_a_step = round_lengths(batch_tokens * 5 // 4)[-1]
     cap = max(longest_row, min(busy, in_a_step if most_tokens is None else min(in_a_step, round_lengths(most_tokens)[-1])))

@@ -79,16 +79,18 @@ def loss_chunk(vocab: int, compute_bytes_each: int) -> int:
     return min(LOSS_CHUNK_TOKENS, max(128, LOSS_CHUNK_BYTES // (vocab * compute_bytes_each) // 64 * 64))
 
 
-def fused_layer_bytes_per_token(shape: ModelShape, level: Level, *, compute_bytes_each: int, lora_rank: int | None) -> int:
+def fused_layer_bytes_per_token(
+    shape: ModelShape, level: Level, *, compute_bytes_each: int, lora_rank: int | None, exchanged: bool = False
+) -> int:
     """Bytes that one decoder layer keeps for backward, for each token, where the kernels compute it.
 
     cheap: the inputs of both norms and their scales, q and k rotated, v, what attention gives and its sums, gate and up, and
-    the skinny product of each adapter. keep: also the results of norms and of the gate.
+    the skinny product of each adapter. keep: also the results of norms and of the gate. exchanged: see `estimate_memory`.
     """
     if level in RECOMPUTED:
         return 0 if level == "offload" else shape.hidden * compute_bytes_each
     q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    numbers = 2 * shape.hidden + 2 * q + 2 * k + 2 * shape.intermediate + 7 * (lora_rank or 0)
+    numbers = 2 * shape.hidden + (3 if exchanged else 2) * q + 2 * k + 2 * shape.intermediate + 7 * (lora_rank or 0)
     floats = 2 + shape.heads
     if level == "keep":
         numbers += 2 * shape.hidden + shape.intermediate
@@ -154,6 +156,7 @@ def estimate_memory(
     lora_rank: int | None,
     fused: bool = False,
     xla: bool = False,
+    exchanged: bool = False,
     train_bytes_each: int = 4,
     optimizer_bytes_each: float = OPTIMIZER_BYTES["float32"],
     runtime_bytes: int = RUNTIME_BYTES,
@@ -168,6 +171,7 @@ def estimate_memory(
         micro_tokens: tokens taken at once. row_tokens: the longest row.
         levels: what each layer keeps. Stock layers in torch know two: everything, or their input.
         fused: the kernels compute the layers. xla: XLA does, from transformers' own.
+        exchanged: heads are exchanged around attention (context parallel), so what it gives is kept as it was and as it came back.
         compute_bytes_each: of the arithmetic: 2 under autocast, 4 in float32.
         lora_rank: None for full fine-tuning.
         runtime_bytes: libraries and workspaces; see RUNTIME_BYTES.
@@ -177,10 +181,8 @@ def estimate_memory(
     full = lora_rank is None
     frozen = shape.parameters - trainable_parameters if full else shape.parameters
     weights = int(frozen * base_bytes_each) + trainable_parameters * train_bytes_each
-    held = _fused if fused else _traced if xla else _stock
-    activations, logits = held(
-        shape, tuple(levels), micro_tokens, row_tokens, attention, compute_bytes_each, lora_rank, trainable_parameters
-    )
+    facts = (shape, tuple(levels), micro_tokens, row_tokens, attention, compute_bytes_each, lora_rank, trainable_parameters)
+    activations, logits = _fused(*facts, exchanged) if fused else _traced(*facts) if xla else _stock(*facts)
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=trainable_parameters * train_bytes_each,
@@ -193,12 +195,20 @@ def estimate_memory(
 
 
 def _fused(
-    shape: ModelShape, levels: tuple[Level, ...], tokens: int, row: int, attention: str, each: int, rank: int | None, trainable: int
+    shape: ModelShape,
+    levels: tuple[Level, ...],
+    tokens: int,
+    row: int,
+    attention: str,
+    each: int,
+    rank: int | None,
+    trainable: int,
+    exchanged: bool,
 ) -> tuple[int, int]:
     """(activations, logits) where the kernels compute the layers, all tokens having a label."""
 
     def layer(level: Level) -> int:
-        return fused_layer_bytes_per_token(shape, level, compute_bytes_each=each, lora_rank=rank)
+        return fused_layer_bytes_per_token(shape, level, compute_bytes_each=each, lora_rank=rank, exchanged=exchanged)
 
     inner, hidden = shape.intermediate * each, shape.hidden * each
     kept = tokens * sum(map(layer, levels))

@@ -13,7 +13,7 @@ from pantheraml.planning.levels import Levels, rungs
 from pantheraml.planning.memory import OPTIMIZER_BYTES, Level, MemoryEstimate, estimate_memory, format_bytes
 from pantheraml.planning.parameters import divided, layer_parameters, outer_parameters, part_bytes, stored
 from pantheraml.planning.shape import ModelShape
-from pantheraml.planning.sharding import row_shares
+from pantheraml.planning.sharding import row_shares, weight_parts
 from pantheraml.recipe.kinds import KINDS
 from pantheraml.recipe.types import LoRA, Recipe
 
@@ -42,17 +42,22 @@ def need(
     micro_tokens: int,
     levels: Levels,
 ) -> MemoryEstimate:
-    """On all chips of a TPU together; of processes with one device each, on one of them."""
+    """On all chips of a TPU together; of processes with one device each, on one of them.
+
+    Args:
+        row_tokens, micro_tokens: of the whole, also where processes share the tokens.
+    """
     rank = recipe.adapter.rank if isinstance(recipe.adapter, LoRA) else None
     xla = KINDS[device.kind].engine == "xla"
-    one = shape if xla else divided(shape, mesh.get("tp", 1))
+    one, cp = shape if xla else divided(shape, mesh.get("tp", 1)), mesh.get("cp", 1)
     alone = estimate_memory(
         one,
         trainable_parameters=shape.lora_parameters(rank) if rank else one.parameters,  # adapters are whole on each process
         base_bytes_each=base_bytes_each(one, dtype, asked_quantizer(recipe), both_ways=not xla) if rank else 4,
-        micro_tokens=micro_tokens,
+        micro_tokens=-(-micro_tokens // cp),
         row_tokens=row_tokens,
         levels=levels,
+        exchanged=cp > 1,
         fused=fused(recipe, shape, device),
         xla=xla,
         attention=attention,
@@ -61,8 +66,8 @@ def need(
         optimizer_bytes_each=OPTIMIZER_BYTES[recipe.optim.states],
     )
     if not xla:
-        fsdp = mesh.get("fsdp", 1)
-        return alone if fsdp == 1 else _in_parts(alone, one, fsdp, BYTES_EACH[dtype] if rank else None, asked_quantizer(recipe))
+        parts = weight_parts(mesh)
+        return alone if parts == 1 else _in_parts(alone, one, parts, BYTES_EACH[dtype] if rank else None, asked_quantizer(recipe))
     copies = mesh.get("dp", 1) * mesh.get("dcn", 1)
     return replace(
         alone,

@@ -40,7 +40,8 @@ class Plan:
         max_tokens: longest example.
         row_tokens: the static row lengths, rising; a micro-batch has one of the shapes
             [micro_tokens // n, n] for n in row_tokens.
-        micro_tokens: tokens that are taken at once: by all chips of a TPU together, by each process of another kind of device.
+        micro_tokens: tokens that are taken at once: by all chips of a TPU together, by each process of another kind of device, or
+            by those together that share every row (cp).
         packing: several examples share a row.
         levels: what each layer keeps for backward; see planning/levels.py.
         compile: torch compiles each layer.
@@ -184,6 +185,7 @@ def make_plan(
             states="float32" if lora else recipe.optim.states,
             collective=collective,
             processes=processes,
+            machines=(machines or device.hosts) if lora else 1,
         )
 
     meshes, why_devices = meshes_for(recipe.hardware)
@@ -226,6 +228,7 @@ def make_plan(
             layers=shape.layers,
             rungs=rungs(device, recipe.hardware.checkpointing, fused=kernels),
             mixes=kernels or xla,
+            sharers=mesh.get("cp", 1),
             asked=None if asked == "auto" else asked,
             remedies=remedies(recipe, shape, device, mesh, dtype, chosen_attention, quantizers, row_tokens[-1], others),
         )
@@ -290,7 +293,7 @@ def make_plan(
         )
     )
     room = budget - (recording_bytes(micro.memory) if graphs else 0)
-    whole = 0 if exchanged else whole_bytes(recipe, shape, dtype, micro.memory, room)
+    whole = 0 if exchanged and mesh.get("fsdp", 1) > 1 else whole_bytes(recipe, shape, dtype, micro.memory, room)
     memory = replace(micro.memory, weights_bytes=micro.memory.weights_bytes + whole)
     if whole:
         reasons["base_dtype"] += f"; {format_bytes(whole)} are free to keep each matrix in {dtype} as well, so that it is made only once"

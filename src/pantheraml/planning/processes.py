@@ -19,7 +19,7 @@ from pantheraml.recipe.kinds import in_host_memory
 from pantheraml.recipe.types import HardwareAsk, Recipe
 
 Mesh = dict[str, int]
-_SHARED = {"dp": "copies of the model", "fsdp": "parts of every weight", "tp": "parts of the products"}
+_SHARED = {"dp": "copies of the model", "fsdp": "parts of every weight", "cp": "parts of every long row", "tp": "parts of the products"}
 
 
 def other_meshes(ask: HardwareAsk, devices: int, meshes_for: Callable[[HardwareAsk], tuple[list[Mesh], str]]) -> list[tuple[str, Mesh]]:
@@ -70,7 +70,7 @@ def threads_of(recipe: Recipe, available: int | None, here: int) -> tuple[int | 
 
 def exchanged_in_layers(ask: HardwareAsk, mesh: Mesh) -> str | None:
     """Why layers are neither compiled nor recorded on a mesh; None: they may be. Raises: RecipeError if that is asked for."""
-    if mesh.get("fsdp", 1) * mesh.get("tp", 1) == 1:
+    if mesh.get("fsdp", 1) * mesh.get("cp", 1) * mesh.get("tp", 1) == 1:
         return None
     for name in ("compile", "graphs"):
         if getattr(ask, name) == "on":
@@ -100,7 +100,7 @@ def sending(
     """What is said of what the devices send, and the share of their speed that is left: 1 where nobody knows how fast they send.
 
     Args:
-        tokens: of a step, for each process. row_tokens: length of the rows that attention runs over.
+        tokens: of a step, for each process, or for those that share them. row_tokens: length of the rows that attention runs over.
         kernels: they compute the layers. peak_flops: of a matrix product on the device; None: not measured.
     """
     traffic = step_traffic(

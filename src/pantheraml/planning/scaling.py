@@ -57,7 +57,7 @@ def scaling_table(
     row_tokens: int = 2048,
     utilisation: float = UTILISATION,
     links: Links | None = None,
-    in_machine: bool = False,
+    in_machine: Literal["fsdp", "cp"] | None = None,
 ) -> Iterator[Predicted]:
     """A line for each model, adapter and number of devices: what the planner chooses there, and how long a step would take.
 
@@ -66,16 +66,17 @@ def scaling_table(
         tokens_each: tokens of a step for each device, so that a step grows with their number; less makes waiting weigh more.
         row_tokens: length of all examples. utilisation: share of the peak that a device reaches alone.
         links: None: an H100's, see there.
-        in_machine: not what the planner chooses, but parts of the weights in each machine, and copies over machines; of whole machines only.
+        in_machine: not what the planner chooses, but parts of the weights, or of every row, in each machine, and copies over machines;
+            of whole machines only.
     """
     links = links or Links()
     for shape in shapes:
         for adapter in adapters:
             for count in devices:
-                if in_machine and count <= links.devices_each:
+                if in_machine and count < links.devices_each:
                     continue
                 line = Predicted(model=shape.name, adapter=adapter, devices=count, tokens_each=tokens_each)
-                hardware = {"dp": count // links.devices_each, "fsdp": links.devices_each} if in_machine else {"devices": count}
+                hardware = {"dp": count // links.devices_each, in_machine: links.devices_each} if in_machine else {"devices": count}
                 recipe = _recipe(shape, adapter, gpu.kind, hardware, count * tokens_each // row_tokens, row_tokens)
                 try:
                     plan = make_plan(

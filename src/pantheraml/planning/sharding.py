@@ -1,8 +1,8 @@
 """How each tensor of a model is spread over a mesh of devices, by name and shape; and which meshes there are. Needs no torch.
 
-Axes of a mesh: dp holds copies, fsdp parts of every weight that are gathered where they are used, tp parts of a product
-(Megatron-LM, arXiv 1909.08053); dcn copies on other slices, over a slower network. One process drives all chips of a TPU, and
-one each of several GPUs, or a part of a CPU.
+Axes of a mesh: dp holds copies, fsdp parts of every weight that are gathered where they are used, cp parts of the tokens of each
+row (DeepSpeed-Ulysses, arXiv 2309.14509), tp parts of a product (Megatron-LM, arXiv 1909.08053); dcn copies on other slices, over a
+slower network. One process drives all chips of a TPU, and one each of several GPUs, or a part of a CPU.
 """
 
 from __future__ import annotations
@@ -79,11 +79,12 @@ def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[d
     if KINDS[device.kind].engine != "xla":
         meshes, why = process_meshes(ask, device, inventory)
         return meshes[0], why
-    if ask.parallel != "auto":
+    if ask.parallel != "auto" or ask.cp > 1:
+        said = f"cp={ask.cp}" if ask.parallel == "auto" else f"parallel={ask.parallel}"
         raise RecipeError(
-            f"hardware.parallel={ask.parallel}, but {device} is a TPU",
+            f"hardware.{said}, but {device} is a TPU",
             why="there dcn, dp, fsdp and tp say how the chips share the work",
-            fix="leave hardware.parallel out",
+            fix=f"leave hardware.{said.partition('=')[0]} out",
         )
     there = device.hosts * sum(each.kind == device.kind for each in inventory.devices)
     fixed = {"dcn": ask.dcn, "dp": ask.dp, "tp": ask.tp}
@@ -125,8 +126,8 @@ def mesh_axes(ask: HardwareAsk, device: Device, inventory: Inventory) -> tuple[d
     return axes or {"fsdp": 1}, "the recipe asks for it" if said or others > 1 or ask.fsdp != "auto" else "all that are here"
 
 
-TP_SIZES = (2, 4, 8)
-"""Parts of a product that are tried where nobody says how many: more than a machine has devices would wait for the network."""
+TRIED = (2, 4, 8)
+"""Parts of a row, or of a product, that are tried where nobody says how many: more than a machine has devices would wait for the network."""
 
 
 def process_meshes(
@@ -140,24 +141,29 @@ def process_meshes(
     states: str = "float32",
     collective: str | None = None,
     processes: int | None = None,
+    machines: int = 1,
 ) -> tuple[list[dict[str, int]], str]:
     """The meshes that processes of one device each may form, the simplest first, and why so many devices; empty: a single one.
 
-    There is one mesh where the recipe says which, and else copies, parts of the weights, and parts of the products as well.
+    There is one mesh where the recipe says which. Else copies; parts of the weights, in each machine and then over all of them; parts
+    of the rows as well; and parts of the products as well, which send several times as much as parts of the rows.
 
     Args:
         shape: of the model; None: whether it can be divided is not looked at.
         quantizer: how its base is held. kernels: they compute its layers. states: how the moments of its own weights are held, if they train.
         collective: through what the processes talk; None: they cannot.
         processes: how many were started; None: nobody has, and hardware.devices says how many there shall be.
+        machines: over how many of them they are spread evenly, if it pays that each has a copy in parts: where a base is frozen, only
+            adapters go from one to the other then. Where every weight trains, sums of all gradients would, for which layers do not
+            go on meanwhile; which is faster depends on the batch and the network, so it has to be asked for.
     Raises: DeviceError for more devices than there are; RecipeError for axes that do not fit each other, the number, or the model.
     """
     count, why = _processes(ask, device, inventory, collective, processes)
     _check_axes(ask)
-    if count == 1 and ask.dp * _number(ask.fsdp) * ask.tp == 1:
+    if count == 1 and ask.dp * _number(ask.fsdp) * ask.cp * ask.tp == 1:
         return [{}], why
-    said = ask.dp > 1 or ask.fsdp != "auto" or ask.tp > 1
-    found = _possible(ask, count)
+    said = ask.dp > 1 or ask.fsdp != "auto" or ask.cp * ask.tp > 1
+    found = _possible(ask, count, machines)
     refusals = [None if shape is None else _refusal(mesh, shape, quantizer, kernels, states) for mesh in found]
     allowed = [mesh for mesh, refusal in zip(found, refusals, strict=True) if refusal is None]
     if not allowed:
@@ -169,27 +175,34 @@ def _processes(ask: HardwareAsk, device: Device, inventory: Inventory, collectiv
     """How many devices train together, one process each, and why."""
     kind, shared = device.kind, in_host_memory(device.kind)
     there = device.hosts * sum(each.kind == kind for each in inventory.devices)
-    axes = ask.dp * _number(ask.fsdp) * ask.tp
+    axes = ask.dp * _number(ask.fsdp) * ask.cp * ask.tp
     wanted = processes or (there if ask.devices == "all" else axes if ask.devices == "auto" else ask.devices)
     if max(wanted, axes, ask.dcn) > 1 and collective is None:
         raise DeviceError(
             f"several devices of kind {kind} cannot train together",
             why="nothing is known through which they could talk; the chips of a TPU do so through JAX (hardware.kind=tpu)",
-            fix="set hardware.devices to 1, and leave hardware.dcn, dp, fsdp and tp out",
+            fix="set hardware.devices to 1, and leave hardware.dcn, dp, fsdp, cp and tp out",
         )
     if processes is not None:
-        if isinstance(ask.devices, int) and ask.devices != processes:
+        most, least = ask.devices if isinstance(ask.devices, int) else processes, ask.least_devices
+        if not (least or most) <= processes <= most:
+            few = least is not None and processes < least
             raise RecipeError(
-                f"hardware.devices={ask.devices}, but {processes} processes were started",
+                f"{f'hardware.min_devices={least}' if few else f'hardware.devices={most}'}, but {_started(processes)}",
                 why="each process has one device, and whoever starts them says how many",
-                fix=f"start {ask.devices}, or leave hardware.devices out",
+                fix=f"start {least} or more, or set hardware.min_devices to {processes}"
+                if few
+                else f"start {most}, or leave hardware.devices out",
             )
-        return processes, f"{processes} processes were started" if processes > 1 else "one process was started"
+        return processes, _started(processes)
+    asked = wanted
+    if ask.min_devices is not None and not shared:
+        wanted = max(ask.min_devices, min(asked, there))
     if wanted > there and not shared:
         raise DeviceError(
-            f"{wanted} devices were asked for, and {there} of kind {kind} answered",
+            f"{'' if ask.min_devices is None else 'at least '}{wanted} devices were asked for, and {there} of kind {kind} answered",
             why="the others are not there" if device.hosts == 1 else f"so many are there on {device.hosts} hosts",
-            fix=f"set hardware.devices to {there}, or all",
+            fix=f"set hardware.devices to {there}, or all" if ask.min_devices is None else f"set hardware.min_devices to {there}",
         )
     if wanted > 1 and ask.index:
         raise RecipeError(
@@ -208,7 +221,13 @@ def _processes(ask: HardwareAsk, device: Device, inventory: Inventory, collectiv
         return 1, f"nothing else is asked for; hardware.devices=all takes all {there}" if more else f"there is one of kind {kind}"
     if ask.devices == "all":
         return wanted, f"all {wanted} that are here" if wanted > 1 else f"there is one of kind {kind}"
+    if wanted < asked:
+        return wanted, f"{wanted} of the {asked} that the recipe asks for answered, and hardware.min_devices allows it"
     return wanted, "the recipe asks for it"
+
+
+def _started(processes: int) -> str:
+    return f"{processes} processes were started" if processes > 1 else "one process was started"
 
 
 def _check_axes(ask: HardwareAsk) -> None:
@@ -223,6 +242,8 @@ def _check_axes(ask: HardwareAsk) -> None:
     other = (
         f"tp={ask.tp}"
         if ask.tp > 1 and not with_tp
+        else f"cp={ask.cp}"
+        if ask.cp > 1 and ask.parallel not in ("auto", "cp")
         else f"fsdp={ask.fsdp}"
         if (_number(ask.fsdp) > 1 and not with_fsdp) or (ask.fsdp == 1 and ask.parallel in ("fsdp", "fsdp_tp"))
         else None
@@ -233,35 +254,35 @@ def _check_axes(ask: HardwareAsk) -> None:
             why="one of them says how the work is shared, and the other says otherwise",
             fix="leave one of them out",
         )
+    if ask.cp > 1 and ask.tp > 1:
+        raise RecipeError(
+            f"hardware.cp={ask.cp}, and hardware.tp={ask.tp}",
+            why="both divide the heads of a model, and were never tried together",
+            fix="leave hardware.tp out; set hardware.fsdp where the weights must be divided as well",
+        )
 
 
-def _possible(ask: HardwareAsk, count: int) -> list[dict[str, int]]:
+def _possible(ask: HardwareAsk, count: int, machines: int) -> list[dict[str, int]]:
     """The meshes of so many devices that the recipe leaves open, the simplest first. Raises: RecipeError if there is none."""
     fsdp = None if ask.fsdp == "auto" else ask.fsdp
-    with_fsdp, with_tp = ask.parallel in ("fsdp", "fsdp_tp"), ask.parallel in ("tp", "fsdp_tp")
-    if ask.tp > 1 or not (with_tp or ask.parallel == "auto"):
-        tps = (ask.tp,)
-    elif ask.parallel == "auto":
-        tps = (1, *TP_SIZES) if fsdp in (None, 1) else (1,)
-    elif ask.parallel == "tp":
-        tps = (count // ask.dp,)
-    else:
-        tps = TP_SIZES if fsdp is None else (count // (ask.dp * fsdp),)
+    wanted = {axis for axis in ("fsdp", "cp", "tp") if axis in ask.parallel.split("_")}
     meshes: list[dict[str, int]] = []
-    for tp in tps:
-        rest = count // max(tp, 1)
-        copies, parts = (rest, 1), (ask.dp, rest // ask.dp)
+    for inner in _inner(ask, count):
+        rest = count // max(math.prod(inner.values()), 1)
+        copies, parts, in_machine = (rest, 1), (ask.dp, rest // ask.dp), (machines, rest // machines)
         if ask.parallel == "ddp" or fsdp == 1:
             tried = [copies]
-        elif ask.parallel == "tp":
+        elif ask.parallel in ("cp", "tp"):
             tried = [(ask.dp, 1)]
         elif fsdp is not None:
             tried = [(ask.dp, fsdp)]
+        elif ask.parallel != "auto" or (inner["tp"] > ask.tp):
+            tried = [parts]
         else:
-            tried = [copies, parts] if ask.parallel == "auto" and tp == ask.tp else [parts]
+            tried = [copies, *([in_machine] if inner["cp"] == ask.cp else []), parts]
         for axes in tried:
-            mesh = {axis: size for axis, size in zip(("dp", "fsdp", "tp"), (*axes, tp), strict=True) if size > 1}
-            as_asked = ask.dp in (1, axes[0]) and with_fsdp <= ("fsdp" in mesh) and with_tp <= ("tp" in mesh)
+            mesh = {axis: size for axis, size in zip(("dp", "fsdp", "cp", "tp"), (*axes, *inner.values()), strict=True) if size > 1}
+            as_asked = ask.dp in (1, axes[0]) and wanted <= mesh.keys()
             if as_asked and math.prod(mesh.values()) == count and mesh not in meshes:
                 meshes.append(mesh)
     if not meshes:
@@ -269,8 +290,21 @@ def _possible(ask: HardwareAsk, count: int) -> list[dict[str, int]]:
     return meshes
 
 
+def _inner(ask: HardwareAsk, count: int) -> list[dict[str, int]]:
+    """The sizes of cp and tp that come into question: those of the recipe, or what is left of the devices, or some to be tried."""
+    fsdp = _number(ask.fsdp)
+    said = {"cp": ask.cp, "tp": ask.tp}
+    if ask.cp * ask.tp > 1 or ask.parallel in ("ddp", "fsdp"):
+        return [said]
+    if ask.parallel in ("cp", "tp"):
+        return [{**said, ask.parallel: count // ask.dp}]
+    if ask.parallel == "fsdp_tp":
+        return [{**said, "tp": size} for size in (TRIED if ask.fsdp == "auto" else (count // (ask.dp * fsdp),))]
+    return [said] + [{**said, axis: size} for axis in ("cp", "tp") for size in TRIED if fsdp == 1]
+
+
 def _does_not_come_to(ask: HardwareAsk, count: int) -> RecipeError:
-    said = {axis: size for axis, size in (("dp", ask.dp), ("fsdp", _number(ask.fsdp)), ("tp", ask.tp)) if size > 1}
+    said = {axis: size for axis, size in (("dp", ask.dp), ("fsdp", _number(ask.fsdp)), ("cp", ask.cp), ("tp", ask.tp)) if size > 1}
     others = math.prod(size for axis, size in said.items() if axis != "dp")
     named = [f"parallel {ask.parallel}"] * (ask.parallel != "auto") + [format_mesh(said)] * bool(said)
     return RecipeError(
@@ -278,7 +312,7 @@ def _does_not_come_to(ask: HardwareAsk, count: int) -> RecipeError:
         why="hardware.devices asks for so many, or so many processes were started",
         fix=f"set hardware.dp to {count // others}"
         if others > 1 and count % others == 0
-        else "let the product of hardware.dp, fsdp and tp be that number, or leave parallel and all of them out",
+        else "let the product of hardware.dp, fsdp, cp and tp be that number, or leave parallel and all of them out",
     )
 
 
@@ -302,21 +336,23 @@ def _refusal(mesh: Mapping[str, int], shape: ModelShape, quantizer: str | None, 
             else "a matrix is brought into eight bits where it lies, and its parts cannot be gathered",
             fix=f"{'set hardware.parallel to fsdp' if quantizer == 'nf4' else copies}; or hold the base in bfloat16",
         )
-    if tp == 1:
+    name, size = ("tp", tp) if tp > 1 else ("cp", mesh.get("cp", 1))
+    if size == 1:
         return None
-    fix = "leave hardware.tp out: hardware.parallel=fsdp divides any model"
-    if not kernels or shape.family not in KNOWN:
+    axis, fix = f"hardware.{name}={size}", f"leave hardware.{name} out: hardware.parallel=fsdp divides any model"
+    if not shape.fused or (tp > 1 and not (kernels and shape.family in KNOWN)):
         return RecipeError(
-            f"{axis}, but the kernels do not compute the layers of {shape.name} ({shape.family}) with this adapter",
+            f"{axis}, but the kernels do not compute the layers of {shape.name} ({shape.family})" + " with this adapter" * shape.fused,
             why="in the middle of a layer the devices exchange what they have, and only the kernels know where",
             fix=fix,
         )
-    if shape.family in AS_ONE:
+    if tp > 1 and shape.family in AS_ONE:
         return RecipeError(
             f"{axis} cannot divide the layers of {shape.name}", why=f"{shape.family} stores several matrices as one", fix=fix
         )
-    for number, what in ((shape.kv_heads, "heads of keys"), (shape.heads, "heads"), (shape.intermediate, "gates of the MLP")):
-        if number % tp:
+    counts = ((shape.kv_heads, "heads of keys"), (shape.heads, "heads"), (shape.intermediate, "gates of the MLP"))
+    for number, what in counts if tp > 1 else counts[:2]:
+        if number % size:
             return RecipeError(
                 f"{axis} does not divide the {number} {what} of {shape.name}",
                 why="each device would need a part of one, and fetch the rest in every layer",
@@ -353,5 +389,10 @@ def format_mesh(mesh: Mapping[str, int]) -> str:
 
 
 def row_shares(mesh: Mapping[str, int]) -> int:
-    """Into how many parts the rows of a micro-batch are divided."""
-    return math.prod(size for axis, size in mesh.items() if axis != "tp")
+    """Into how many parts the rows of a micro-batch are divided, or the examples of a step; those that share tokens or products take the same."""
+    return math.prod(size for axis, size in mesh.items() if axis not in ("cp", "tp"))
+
+
+def weight_parts(mesh: Mapping[str, int]) -> int:
+    """Into how many parts FSDP divides every weight: over those that share tokens as well, since they need the same weights."""
+    return mesh["fsdp"] * mesh.get("cp", 1) if mesh.get("fsdp", 1) > 1 else 1

@@ -1,10 +1,11 @@
 """What the processes of a step send each other, in bytes and in seconds: the formulas of docs/distributed.md. Needs no torch.
 
-Axes of a mesh, the outermost first: dp holds copies, fsdp parts of every weight (PyTorch's FSDP2), tp parts of the products.
+Axes of a mesh, the outermost first: dp holds copies, fsdp parts of every weight (PyTorch's FSDP2), cp parts of the tokens of each
+micro-batch, tp parts of the products.
 
 Payload is what a process hands to a collective, counted as the whole buffer: what an all-reduce sums, what an all-gather gives,
-what a reduce-scatter takes. Wire is what of it leaves the process where n of them stand in a ring: 2 (n - 1) / n of an
-all-reduce, (n - 1) / n of the others (https://github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md).
+what a reduce-scatter or an all-to-all takes. Wire is what of it leaves the process where n of them stand in a ring: 2 (n - 1) / n
+of an all-reduce, (n - 1) / n of the others (https://github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md).
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from pantheraml.planning.parameters import (
     stored,
 )
 from pantheraml.planning.shape import ModelShape
+from pantheraml.planning.sharding import weight_parts
 
-AXES = ("dp", "fsdp", "tp")
+AXES = ("dp", "fsdp", "cp", "tp")
 FLAT_ALIGNED = 256
 """Each parameter that trains begins at a multiple of so many numbers in the vector of all of them: engines/flat.py."""
 REACHED = 0.8
 """Share of a link's speed that large collectives reach: 235 of 300 GB/s on eight A100, 380 of 450 between two H100
 (https://github.com/stas00/ml-engineering/blob/0030e63/network/README.md, https://github.com/NVIDIA/nccl/issues/1264)."""
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 # What travels in a step.
@@ -88,6 +90,11 @@ class Traffic:
         return self._payload("all_reduce", "activations")
 
     @property
+    def all_to_all_bytes(self) -> int:
+        """Payload: q, k, v and what attention gives, and their gradients."""
+        return self._payload("all_to_all", "activations")
+
+    @property
     def all_gather_bytes(self) -> int:
         """Payload: weights."""
         return self._payload("all_gather", "weights")
@@ -128,12 +135,14 @@ def step_traffic(
     Args:
         lora_rank: of adapters on all linear layers of a frozen base; None: every weight trains.
         compute_bytes_each: of the arithmetic, and of a frozen weight: 2 or 4. quantizer: "nf4", or None.
-        tokens: of this process, in all micro-batches of the step, padding included. labelled: those with a label; None: all.
+        tokens: of this process, or of those that share them, in all micro-batches of the step, padding included. labelled: those
+            with a label; None: all.
     """
     lora = lora_rank is not None
     made = [
         *(_adapters(shape, lora_rank) if lora_rank is not None else _gradients(shape, mesh)),
         *_weights(shape, mesh, lora=lora, each=compute_bytes_each if lora else 4, quantizer=quantizer, micro_batches=micro_batches),
+        *_heads(shape, mesh, compute_bytes_each, levels, tokens, micro_batches),
         *_activations(shape, mesh, lora, compute_bytes_each, levels, tokens, tokens if labelled is None else labelled, micro_batches),
         Exchange(kind="all_reduce", what="numbers", axes=AXES, payload_bytes=2 * 4),  # the sum of the losses, and the norm
     ]
@@ -149,7 +158,7 @@ def _adapters(shape: ModelShape, rank: int) -> list[Exchange]:
 
 def _gradients(shape: ModelShape, mesh: Mapping[str, int]) -> list[Exchange]:
     """Of every weight: what FSDP has not summed over fsdp already, and over tp what tensor parallel leaves in parts or twice."""
-    fsdp, tp = mesh.get("fsdp", 1), mesh.get("tp", 1)
+    fsdp, tp = weight_parts(mesh), mesh.get("tp", 1)
     one = divided(shape, tp)
     every = [(1, "", each) for each in outer_parameters(one)] + [(shape.layers, "layer.", each) for each in layer_parameters(one)]
     numbers = {"divided": 0, "partial": 0, "shared": 0}
@@ -159,7 +168,7 @@ def _gradients(shape: ModelShape, mesh: Mapping[str, int]) -> list[Exchange]:
     over: dict[str, tuple[str, ...]] = {
         "divided": ("dp",),
         "partial": ("dp", "tp"),
-        "shared": ("dp",) if fsdp > 1 else ("dp", "tp"),  # outside of FSDP a mean keeps the same what every process of tp has
+        "shared": ("dp",) if fsdp > 1 else ("dp", "cp", "tp"),  # outside of FSDP a mean keeps the same what every process of tp has
     }
     return [Exchange(kind="all_reduce", what="gradients", axes=over[kind], payload_bytes=4 * count) for kind, count in numbers.items()]
 
@@ -168,14 +177,15 @@ def _weights(
     shape: ModelShape, mesh: Mapping[str, int], *, lora: bool, each: int, quantizer: str | None, micro_batches: int
 ) -> list[Exchange]:
     """FSDP, for each micro-batch: a layer comes for its forward and again for its backward, what is outside of them once for both."""
-    fsdp = mesh.get("fsdp", 1)
+    fsdp = weight_parts(mesh)
     one = divided(shape, mesh.get("tp", 1))
+    axes = ("fsdp", "cp") if fsdp > 1 else ()
     layers = shape.layers * fsdp * part_bytes(stored(layer_parameters(one), each, quantizer), fsdp)
     outer = fsdp * part_bytes(stored(outer_parameters(one), each), fsdp)
     gathered = Exchange(
         kind="all_gather",
         what="weights",
-        axes=("fsdp",),
+        axes=axes,
         payload_bytes=micro_batches * (2 * layers + outer),
         times=micro_batches * (2 * shape.layers + 1),
         hidden=True,
@@ -183,12 +193,26 @@ def _weights(
     scattered = Exchange(
         kind="reduce_scatter",
         what="gradients",
-        axes=("fsdp",),
+        axes=axes,
         payload_bytes=micro_batches * (layers + outer),
         times=micro_batches * (shape.layers + 1),
         hidden=True,
     )
     return [gathered] if lora else [gathered, scattered]
+
+
+def _heads(
+    shape: ModelShape, mesh: Mapping[str, int], each: int, levels: Sequence[Level], tokens: int, micro_batches: int
+) -> list[Exchange]:
+    """Context parallel: q, k and v of this process's tokens go to those who have their heads, and what attention gives comes back.
+
+    In backward gradients of the same sizes, and both once more where a layer is computed again.
+    """
+    cp = mesh.get("cp", 1)
+    numbers = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    passes = 2 * len(levels) + sum(level in RECOMPUTED for level in levels)
+    size = passes * -(-tokens // cp) * numbers * each if cp > 1 else 0
+    return [Exchange(kind="all_to_all", what="activations", axes=("cp",), payload_bytes=size, times=2 * passes * micro_batches)]
 
 
 def _activations(
@@ -255,8 +279,8 @@ class Links:
     def seconds(self, exchange: Exchange, mesh: Mapping[str, int]) -> float:
         """How long an exchange takes if nothing else is sent: as many bytes as in a ring, and for sums the hops of a tree if they are faster.
 
-        Processes are numbered along tp first, then fsdp, then dp. A group that reaches over machines has as many rings as it
-        has devices in each, and each ring leaves a machine by another device's card.
+        Processes are numbered along tp first, then cp, fsdp and dp. A group that reaches over machines has as many rings as it
+        has devices in each, and each ring leaves a machine by another device's card; in an all-to-all each device sends by its own.
         """
         inner = [axis for axis in AXES if AXES.index(axis) > max(AXES.index(each) for each in exchange.axes)]
         stride = math.prod(mesh.get(axis, 1) for axis in inner)
@@ -267,6 +291,9 @@ class Links:
         if exchange.kind == "all_reduce":
             hops_s = min(hops_s, 2 * ((here - 1) * self.tree_inside_s + math.log2(outside + 1) * self.tree_between_s))
         speed = min(self.inside_bytes_per_s, here * self.between_bytes_per_s) if outside else self.inside_bytes_per_s
+        if exchange.kind == "all_to_all" and outside:
+            each_s = (here - 1) / self.inside_bytes_per_s + (size - here) / self.between_bytes_per_s
+            return exchange.times * hops_s + exchange.payload_bytes / size * each_s / self.reached
         return exchange.times * hops_s + exchange.wire_bytes(mesh) / (speed * self.reached)
 
 
@@ -305,23 +332,23 @@ def step_time(
     lora_rank: int | None,
     flops_per_s: float,
 ) -> StepTime:
-    """A step of so many tokens for each group of tensor parallel.
+    """A step of so many tokens for each group of tensor or context parallel.
 
     Weights come and gradients go while layers are computed; for everything else they wait. Tensor parallel divides the layers
-    and not the head, which each process of a group computes for itself.
+    and not the head, which each process of a group computes for itself; context parallel divides both.
 
     Args:
         flops_per_s: what a device really computes in a training step.
     """
-    tp = traffic.mesh.get("tp", 1)
+    tp, cp = traffic.mesh.get("tp", 1), traffic.mesh.get("cp", 1)
     flops = flops_per_token(shape, row_tokens=row_tokens, levels=levels, lora_rank=lora_rank)
     head = 2.0 * shape.vocab * shape.hidden * (3 if lora_rank is None else 2)
     seconds = dict.fromkeys((True, False), 0.0)
     for exchange in traffic.exchanges:
         seconds[exchange.hidden] += links.seconds(exchange, traffic.mesh)
     return StepTime(
-        ideal_s=tokens * flops / tp / flops_per_s,
-        compute_s=tokens * ((flops - head) / tp + head) / flops_per_s,
+        ideal_s=tokens * flops / (cp * tp) / flops_per_s,
+        compute_s=tokens / cp * ((flops - head) / tp + head) / flops_per_s,
         hidden_s=seconds[True],
         waiting_s=seconds[False],
     )

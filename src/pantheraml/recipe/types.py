@@ -167,13 +167,14 @@ class HardwareAsk(_Part):
     index: int = Field(default=0, ge=0, description="Which of them.")
     devices: Annotated[int, Field(gt=0)] | Literal["auto", "all"] = Field(
         default="auto",
-        description="How many train together. all: those that are here. auto: all chips of a TPU; of other kinds as many as dp, fsdp and tp "
-        "come to, or as processes were started, and else one. On a CPU they are processes that share it.",
+        description="How many train together. all: those that are here. auto: all chips of a TPU; of other kinds as many as dp, fsdp, cp and "
+        "tp come to, or as processes were started, and else one. On a CPU they are processes that share it.",
     )
-    parallel: Literal["auto", "ddp", "fsdp", "tp", "fsdp_tp"] = Field(
+    parallel: Literal["auto", "ddp", "fsdp", "cp", "tp", "fsdp_tp"] = Field(
         default="auto",
         description="How several GPUs or CPU processes share the work. ddp: copies. fsdp: parts of the weights, each with its share of the "
-        "examples. tp: parts of the products. auto: copies where the model fits on each, else fsdp, else fsdp with tp.",
+        "examples. cp: parts of every row. tp: parts of the products. auto: copies where the model fits on each, else fsdp, else these "
+        "with cp, else fsdp with tp.",
     )
     dcn: int = Field(default=1, gt=0, description="Slices of a TPU (pods), connected by the slower network: each has a copy of the model.")
     dp: int = Field(
@@ -182,6 +183,11 @@ class HardwareAsk(_Part):
     fsdp: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
         description="Parts of every weight, each with its share of a step. auto: the devices that dcn, dp and tp leave, or see parallel.",
+    )
+    cp: int = Field(
+        default=1,
+        gt=0,
+        description="Parts of every row, for long ones (context parallel). Divides the heads of keys. Not on a TPU. 1 leaves it open (see parallel).",
     )
     tp: int = Field(
         default=1,
@@ -215,6 +221,11 @@ class HardwareAsk(_Part):
         ge=0,
         description="How often all local processes are started again, from the last checkpoint, after one has crashed or hung.",
     )
+    min_devices: Annotated[int, Field(gt=0)] | None = Field(
+        default=None,
+        description="So many GPUs or CPU processes may do where fewer answer than devices asks for, or where one has ended the run twice "
+        "(see restarts). Default: with devices=all any number, else as many as asked for.",
+    )
     timeout_s: float = Field(
         default=600.0,
         gt=0,
@@ -228,6 +239,11 @@ class HardwareAsk(_Part):
     )
     gpu_batch_factor: int = Field(default=4, gt=0, description="The same for a GPU.")
     cpu_batch_factor: int = Field(default=1, gt=0, description="The same for a CPU.")
+
+    @property
+    def least_devices(self) -> int | None:
+        """With how few a run may go on; None: with no fewer than asked for."""
+        return 1 if self.min_devices is None and self.devices == "all" else self.min_devices
 
 
 class RunSpec(_Part):
@@ -302,4 +318,7 @@ class Recipe(_Part):
             raise ValueError(f"model.{' and model.'.join(asked)} are asked for at once, and a base is held in one form")
         if asked and isinstance(self.adapter, Full):
             raise ValueError(f"model.{asked[0]} freezes the base, so adapter.kind must be lora")
+        most, least = self.hardware.devices, self.hardware.min_devices
+        if least is not None and isinstance(most, int) and least > most:
+            raise ValueError(f"hardware.min_devices={least} is more than hardware.devices={most}")
         return self

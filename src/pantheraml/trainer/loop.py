@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from pantheraml.data.chat import Example
 from pantheraml.data.pack import StepBatch
 from pantheraml.data.source import Source
 from pantheraml.distributed.heartbeat import Heartbeat
+from pantheraml.distributed.listening import listening
 from pantheraml.engines.engine import Engine, StepMetrics
 from pantheraml.errors import DivergedError, StoppedError
 from pantheraml.hardware.recovery import Recovery
@@ -90,22 +89,15 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Within the block SIGTERM and Ctrl-C are requests; a second Ctrl-C ends at once. Only the main thread can listen."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
+        """Within the block SIGTERM and Ctrl-C are requests; a second Ctrl-C ends at once. See `listening`."""
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def note(number: int) -> None:
             if self.signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with listening(note):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Keeper(Protocol):

@@ -21,19 +21,24 @@ from pantheraml.distributed.world import Alone, World, most, together, told
 from pantheraml.engines.graphs import Graphs
 from pantheraml.engines.open import loading_device, open_engine, open_parallel
 from pantheraml.engines.piece import read_whole
-from pantheraml.errors import RecipeError
+from pantheraml.errors import DeviceError, RecipeError
 from pantheraml.export.safetensors import save_adapter, save_full
 from pantheraml.hardware.backend import Backend, backend_of
-from pantheraml.hardware.cpu import keep_freed_memory, return_freed_memory
+from pantheraml.hardware.cpu import keep_freed_memory, return_freed_memory, usable_memory
 from pantheraml.hardware.monitor import Monitor
+from pantheraml.hardware.processes import read_processes
 from pantheraml.hardware.recovery import Recovery
 from pantheraml.models.adapters import attach
+from pantheraml.models.decoder import decodes
 from pantheraml.models.isolation import keeps_apart
 from pantheraml.models.load import load_model, load_tokenizer
 from pantheraml.models.quantize import quantization, to_eight_bits
 from pantheraml.models.tiny import PREFIX as TINY
+from pantheraml.planning.base import BYTES_EACH, Dtype, base_bytes_each
 from pantheraml.planning.levels import rungs
+from pantheraml.planning.memory import format_bytes
 from pantheraml.planning.plan import Plan
+from pantheraml.planning.shape import ModelShape
 from pantheraml.planning.sharding import format_mesh
 from pantheraml.recipe.kinds import KINDS, in_host_memory
 from pantheraml.recipe.types import LoRA, Recipe
@@ -99,14 +104,17 @@ def train(
         backend.set_threads(plan.threads)
         import torch
 
+        dtype = loading_dtype(recipe, plan, view.stored_dtype)
+        if divided(plan):
+            check_host_room(view.shape, dtype, view.stored_dtype, plan.quantizer)
         model: Any = load_model(
             local.model,
-            dtype=getattr(torch, plan.base_dtype),
+            dtype=getattr(torch, dtype),
             device=loading_device(backend, plan.device.index, divided=divided(plan)),
             attention=plan.attention,
             quantization=quantization(plan.quantizer, getattr(torch, plan.dtype)),
         )
-        plan = agreed(isolated(model, plan, local, console), world)
+        plan = agreed(plan if world.rank else isolated(model, plan, local, console), world)
         if isinstance(local.adapter, LoRA):
             model = attach(model, local.adapter, seed=local.run.seed)
         if plan.quantizer in ("int8", "fp8") and backend.engine == "torch":  # the other engine does it when it takes the weights
@@ -268,8 +276,12 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
 
 
 def isolated(model: Any, plan: Plan, recipe: Recipe, console: Console) -> Plan:
-    """The plan, without packing if this model turns out to mix the examples of a row. Raises: RecipeError if packing was asked for."""
-    if not plan.packing or keeps_apart(model):
+    """The plan, without packing if this model turns out to mix the examples of a row. Raises: RecipeError if packing was asked for.
+
+    What will be divided is still in ordinary memory, where a large model takes minutes to try. Of families that the kernels know that
+    is left out: tests have tried them, and the kernels are told where examples begin.
+    """
+    if not plan.packing or (divided(plan) and decodes(model) is None) or keeps_apart(model):
         return plan
     why = "tried on the model: an example behind another one in its row gets other logits than alone"
     if recipe.data.packing == "on":
@@ -303,6 +315,39 @@ def _with_local_base(recipe: Recipe, folder: Path) -> Recipe:
 def divided(plan: Plan) -> bool:
     """Whether each process has a part of the weights only."""
     return max(plan.mesh.get("fsdp", 1), plan.mesh.get("tp", 1)) > 1 and KINDS[plan.device.kind].engine == "torch"
+
+
+def loading_dtype(recipe: Recipe, plan: Plan, stored: str) -> Dtype:
+    """In which numbers a model is read.
+
+    One that is divided and trains as a whole is read as it is stored, and becomes float32 part by part: what is read unchanged are
+    pages of a file, which the processes of a machine have in common.
+
+    Args:
+        stored: dtype of the weights as their authors store them.
+    """
+    unchanged: dict[str, Dtype] = {dtype: dtype for dtype in BYTES_EACH} if divided(plan) and not isinstance(recipe.adapter, LoRA) else {}
+    return unchanged.get(stored, plan.base_dtype)
+
+
+def check_host_room(shape: ModelShape, dtype: Dtype, stored: str, quantizer: str | None) -> None:
+    """Ask this before each process of this machine reads a whole model into ordinary memory, of which it will keep a part.
+
+    Args:
+        dtype, quantizer: in which they read it. stored: dtype of the weights in their files.
+    Raises: DeviceError if there is no room for that.
+    """
+    if dtype == stored and quantizer is None:  # pages of the files, which go again when others need the room
+        return
+    here, (_, free) = read_processes().local_world_size, usable_memory()
+    needed = round(here * shape.parameters * base_bytes_each(shape, dtype, quantizer))
+    if needed > free:
+        raise DeviceError(
+            f"{here} processes would read all of {shape.name} in {quantizer or dtype}, which takes {format_bytes(needed)}, and "
+            f"{format_bytes(free)} of this machine's memory are free",
+            why=f"each makes its part from the whole. It is stored in {stored}, and read unchanged it would be there once for all of them",
+            fix=f"set model.dtype to {stored}{' and leave load_in_4bit out' if quantizer else ''}, or start fewer processes on a machine",
+        )
 
 
 def _save(model: Any, view: Survey, folder: Path, *, checkpoints: Checkpoints, step: int) -> None:

@@ -52,6 +52,7 @@ def head_loss(head: Head, hidden: Tensor, batch: RowTensors) -> Tensor:
 
 def hidden_states(head: Head, batch: RowTensors) -> Tensor:
     """[labelled tokens, D] after the last norm, by the model's own forward; of rows alone [B, T, D]."""
+    assert not (isinstance(batch, MicroTensors) and batch.cp), "attention of the model's own would see a part of the tokens"
     hidden_BTD = head.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
     return hidden_BTD.flatten(0, 1).index_select(0, batch.labelled) if isinstance(batch, MicroTensors) else hidden_BTD
 
