@@ -368,7 +368,6 @@ class LanceDB:
     vectors = True
 
     def __init__(self, folder: Path, index: str) -> None:
-        import lancedb
         import pyarrow
 
         from pantheraml.memory.embed import LexicalEmbedder
@@ -376,7 +375,7 @@ class LanceDB:
         self._embedder, self._index = LexicalEmbedder(), index
         vector = pyarrow.list_(pyarrow.float32(), self._embedder.dimensions)
         self._schema = pyarrow.schema([("key", pyarrow.int64()), ("text", pyarrow.string()), ("vector", vector)])
-        database: Any = lancedb.connect(folder)
+        database: Any = importlib.import_module("lancedb").connect(folder)
         self._table: Any = database.create_table("notes", schema=self._schema, exist_ok=True)
         self._partitions = 0
         self._plan(self._table.count_rows())

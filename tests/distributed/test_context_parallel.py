@@ -60,7 +60,7 @@ def test_a_row_is_filled_up_with_an_example_without_labels() -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_process_gets_its_heads_of_all_tokens_and_its_tokens_of_all_heads(size: int) -> None:
-    for code, printed in run(PROGRAM.format("exchange()"), size=size):
+    for code, printed in run(PROGRAM.format("exchange()"), size=size, timeout_s=500):
         assert code == 0, printed
 
 
@@ -107,7 +107,7 @@ def test_two_processes_that_share_rows_learn_what_one_does() -> None:
             "those.other_masks()",
         )
     )
-    for code, printed in run(program):
+    for code, printed in run(program, timeout_s=500):
         assert code == 0, printed
 
 
@@ -115,7 +115,7 @@ def test_two_processes_that_share_rows_learn_what_one_does() -> None:
 @pytest.mark.parametrize("mesh", [{"cp": 4}, {"dp": 2, "cp": 2}, {"fsdp": 2, "cp": 2}], ids=str)
 def test_so_do_four(mesh: dict[str, int]) -> None:
     program = PROGRAM.format(f"alike({mesh}, 'llama', 'lora')") + f"\nthose.alike({mesh}, 'llama', 'full', level='all')"
-    for code, printed in run(program, size=4):
+    for code, printed in run(program, size=4, timeout_s=500):
         assert code == 0, printed
 
 

@@ -58,7 +58,7 @@ def values() -> dict[str, torch.Tensor]:
     }
 
 
-def run(program: str, size: int = 2, attempts: tuple[int, ...] = (0, 0, 0)) -> list[tuple[int, str]]:
+def run(program: str, size: int = 2, attempts: tuple[int, ...] = (), timeout_s: float = 120) -> list[tuple[int, str]]:
     """The program in so many processes: (exit code, what it printed), by rank. attempts: as torchrun has counted them on each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -66,7 +66,7 @@ def run(program: str, size: int = 2, attempts: tuple[int, ...] = (0, 0, 0)) -> l
     started = []
     for rank in range(size):
         said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        said["TORCHELASTIC_RESTART_COUNT"] = attempts[rank]
+        said["TORCHELASTIC_RESTART_COUNT"] = attempts[rank] if attempts else 0
         given = {name: str(value) for name, value in said.items()}
         environment = {**os.environ, **given, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         words = [sys.executable, "-c", PRELUDE + textwrap.dedent(program)]
@@ -77,7 +77,7 @@ def run(program: str, size: int = 2, attempts: tuple[int, ...] = (0, 0, 0)) -> l
         )
     try:
         # Who waits for its standard input is let go when the others have ended.
-        printed = [process.communicate(timeout=120)[0] for process in started]
+        printed = [process.communicate(timeout=timeout_s)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -166,11 +166,11 @@ def test_one_that_does_not_come_is_named() -> None:
 def test_a_killed_one_does_not_hold_up_the_other(dead: int) -> None:
     done = run(f"""
         world = join()
-        world.gathered("")
-        if rank == {dead}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        world.timeout_s = 2.0
         try:
+            world.gathered("")  # the dead one may be gone before the other one has read this
+            if rank == {dead}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            world.timeout_s = 2.0
             world.shared(values())
         except PantheraError as error:
             ended(error)

@@ -7,12 +7,15 @@ import struct
 from math import isqrt
 from typing import Any
 
+import zstandard
+
 SIZES = {"I8": "b", "U8": "B", "I16": "h", "U16": "H", "I32": "i", "U32": "I"}
 Vector = list[int]
 
 
 def read(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the JSON, tensors as nested lists) of a model's file."""
+    data = zstandard.ZstdDecompressor().decompress(data)
     length = int.from_bytes(data[:8], "little")
     head = json.loads(data[8 : 8 + length])
     said = json.loads(head.pop("__metadata__")["nbm"])

@@ -440,6 +440,30 @@ def test_readers_are_right_while_one_writes():
         assert hot.graphs
 
 
+def test_a_record_that_is_replaced_again_and_again_is_always_found():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns_file, "BLOCK_ROWS", 64)
+        hot, vectors = Hot(D, graph_from=None), vectors_of(30)
+        hot.add([entry_of(i) for i in range(30)], vectors)
+        over, missed = threading.Event(), []
+
+        def read():
+            while not over.is_set():
+                found = hot.search(vectors[7], 30, tenant="a")
+                if sorted(found.ids.tolist()) != list(range(30)):
+                    missed.append(found.ids.tolist())
+
+        readers = [threading.Thread(target=read) for _ in range(2)]
+        for thread in readers:
+            thread.start()
+        for _ in range(600):
+            hot.add([entry_of(7)], vectors[7:8])
+        over.set()
+        for thread in readers:
+            thread.join()
+        assert not missed
+
+
 def test_memory_is_that_of_the_rows():
     hot, count = Hot(256, graph_from=None), 20_000
     rows = np.random.default_rng(0).integers(-127, 128, (count, 256), dtype=np.int8)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zstandard
 from tests.memory.models import CPU, contents, float_model, model_file, tokens
 from tests.memory.slow_network import SlowNetwork
 
@@ -191,12 +192,12 @@ def test_the_file_comes_back_and_damage_is_met(tmp_path):
     data = model_file("qwen2", False)
     model = IntegerModel.from_bytes(data)
     assert model.to_bytes() == data
-    draw, refused = np.random.default_rng(0), 0
+    plain, draw, refused = zstandard.decompress(data), np.random.default_rng(0), 0
     for _ in range(60):
-        broken = bytearray(data)
+        broken = bytearray(plain)
         broken[int(draw.integers(3000))] ^= 1 << int(draw.integers(8))
         try:
-            IntegerModel.from_bytes(bytes(broken))
+            IntegerModel.from_bytes(zstandard.compress(bytes(broken)))
         except StorageError as error:
             refused += 1
             assert "model of the neural codec" in error.what or "tokens of a model" in error.what
@@ -204,9 +205,10 @@ def test_the_file_comes_back_and_damage_is_met(tmp_path):
             refused += 1
     assert refused > 40, "most of the first bytes are sizes and names"
     with pytest.raises(StorageError, match="version is 2"):
-        IntegerModel.from_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 2'))
-    with pytest.raises(StorageError):
-        IntegerModel.from_bytes(b"")
+        IntegerModel.from_bytes(zstandard.compress(plain.replace(b'\\"version\\": 1', b'\\"version\\": 2')))
+    for nothing in (b"", data[:-5], plain, zstandard.compress(b"")):
+        with pytest.raises(StorageError):
+            IntegerModel.from_bytes(nothing)
     large = replace(
         model, head=replace(model.head, weight=np.full_like(model.head.weight, 127), bias=np.full_like(model.head.bias, 2**31 - 1))
     )

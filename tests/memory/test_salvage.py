@@ -245,6 +245,32 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert (2 in {each.id for each in store.scan()}) == (2 in repaired.doubtful)
 
 
+def test_a_record_that_may_be_deleted_does_not_hide_another_of_its_key(memory_folder):
+    folder = memory_folder / "s"
+    code = """
+from dataclasses import replace
+store = Warm(folder)
+store.insert([row(i) for i in range(1, 11)])
+store.checkpoint()
+store.delete([2])
+store.insert([replace(row(77), key="k2")])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run(code, folder)
+    data = (folder / WAL).read_bytes()
+    blocks = [data.index(b"L\x01\x01\x00", HEADER)]  # one change each: what deletes is in all versions of the page
+    while (at := data.find(data[blocks[0] : blocks[0] + 30], blocks[-1] + 1)) >= 0:
+        blocks.append(at)
+    for at in blocks:
+        flip(folder / WAL, at + 2, 1)
+    repaired = quietly(folder)
+    with Warm(folder) as store:
+        assert repaired.missing and store.verify() == []
+        id = store.find("default", "k2")
+        assert id and store.rows([id])[id].container == row(77).container
+        assert repaired.doubtful == () and store.count() == 10
+
+
 def test_an_older_version_of_a_replaced_row_does_not_stand_in_for_it(memory_folder):
     folder = memory_folder / "s"
     code = """

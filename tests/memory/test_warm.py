@@ -158,6 +158,12 @@ def test_two_things_of_one_mark_are_kept_apart(store, monkeypatch):
     assert store.find("default", "k2") == 2 and store.find("default", "k1") is None and store.verify() == []
 
 
+def test_verify_finds_two_records_of_one_key(store):
+    store.insert([row(1), row(2), row(1, tenant="other")])
+    store.insert([row(9, key="k2")])
+    assert [str(each) for each in store.verify()] == ["store.db, records 2 and 4: they have the same key ('k2')"]
+
+
 def test_replacing(store):
     store.insert([row(1), row(2)])
     store.replace([replace(row(3), id=1, key="other", tenant="t")])

@@ -195,11 +195,12 @@ class FlatParameters:
             return []
         for hook in self._hooks:
             hook.remove()
-        got = torch.tensor([name not in self._without_gradient for name in self], dtype=torch.float32)
+        missing = [name for name in self if name in self._without_gradient]
         if add_up is not None:
-            got = add_up(got.to(self.weights.device))
+            got = add_up(torch.tensor([float(name not in missing) for name in self], device=self.weights.device))
+            missing = [name for name, processes in zip(self, got.tolist(), strict=True) if not processes]
         self._hooks, self._without_gradient = [], set[str]()
-        return [name for name, processes in zip(self, got.tolist(), strict=True) if not processes]
+        return missing
 
 
 def local_part(parameter: Any) -> Any:

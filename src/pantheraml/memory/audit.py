@@ -38,6 +38,7 @@ def audit(
         seen = _Seen()
         found += _few("records", seen.walk(connection, unpack, marks, history, progress))
         found += _few("indexes", _indexes(connection, seen))
+        found += _few("keys", _twice(connection, unpack, np.concatenate(seen.keys)))
         found += _settings(connection)
         for id, blob in connection.execute("SELECT id, run FROM bands"):
             if unpack_run(blob) is None:
@@ -63,6 +64,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.places = [np.zeros((0, 2), np.int64)]
+        self.keys = [np.zeros((0, 2), np.int64)]
         self.refs: set[tuple[int, int]] = set()
         self.ids = np.zeros(0, np.int64)
 
@@ -87,6 +89,7 @@ class _Seen:
             there[at[known]] = True
             said = (seqs[at].tolist(), changes["key"][at].tolist(), changes["content"][at].tobytes()) if len(self.ids) else ([], [], b"")
             places: list[tuple[int, int]] = []
+            keys: list[tuple[int, int]] = []
             for i, each in enumerate(blobs):
                 try:
                     (row,) = unpack([each])
@@ -101,9 +104,11 @@ class _Seen:
                         DB, f"record {row.id} ({row.key!r})", f"it is of change {row.seq}, the ledger says {said[0][i]}, or another"
                     )
                 places += found_by(row, row.id, key, content)
+                keys.append((key, row.id))
                 if (base := row.base) is not None:
                     self.refs.add((base, row.id))
             self.places.append(np.array(places, np.int64).reshape(-1, 2))
+            self.keys.append(np.array(keys, np.int64).reshape(-1, 2))
             progress("records", done, len(self.ids))
         for i in np.flatnonzero(~there).tolist():
             yield Problem(DB, f"record {self.ids[i]}", f"it is missing: change {seqs[i]} has put it there")
@@ -123,6 +128,18 @@ def _indexes(connection: sqlite3.Connection, seen: _Seen) -> Iterator[Problem]:
     for owner, referrer in sorted(seen.refs):
         if owner not in ids:
             yield Problem(DB, f"record {referrer}", f"it takes record {owner} to decode it, which is not there")
+
+
+def _twice(
+    connection: sqlite3.Connection, unpack: Callable[[Sequence[tuple[int, bytes]]], Iterable[Row]], keys: NDArray[np.int64]
+) -> Iterator[Problem]:
+    """Records with one key; two keys may have one mark, so they are compared themselves."""
+    keys = keys[np.argsort(keys[:, 0], kind="stable")]
+    for k in np.flatnonzero(keys[1:, 0] == keys[:-1, 0]).tolist():
+        asked = "SELECT id, row FROM records WHERE id IN (?, ?) ORDER BY id"
+        one, other = unpack(connection.execute(asked, (int(keys[k, 1]), int(keys[k + 1, 1]))).fetchall())
+        if (one.tenant, one.key) == (other.tenant, other.key):
+            yield Problem(DB, f"records {one.id} and {other.id}", f"they have the same key ({one.key!r})")
 
 
 def _without(one: NDArray[np.int64], other: NDArray[np.int64]) -> list[tuple[int, int]]:

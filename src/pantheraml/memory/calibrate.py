@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2")
+LARGEST_WEIGHT = 15
+"""Five bits, which zstd makes four of: the file is half as large as with eight bits, and texts take 0.3% more."""
 _SAMPLES = 4096
 """Tokens whose activations decide about steps."""
 
@@ -271,20 +273,19 @@ class _Converter:
 
 def _linear(weight_OI: np.ndarray, step_O: np.ndarray, bias_O: np.ndarray | None = None) -> Linear:
     """Weights that give outputs in these steps, with the largest scales whose sums stay within 32 bits."""
-    ratio = np.abs(weight_OI).max(1) / LARGEST_ACTIVATION / step_O
+    ratio = _best_step(weight_OI.T, each=True, largest=LARGEST_WEIGHT) / step_O
     for shift in range(30, 0, -1):
-        scale = np.maximum(1, np.ceil(ratio * 2.0**shift))
-        if scale.max() > 255:
-            continue
-        weight = np.round(weight_OI / (step_O * scale * 2.0**-shift)[:, None]).astype(np.int8)
+        scale = np.maximum(1, np.round(ratio * 2.0**shift))
         bias = np.round((0 if bias_O is None else bias_O) / step_O * 2.0**shift) + 2 ** (shift - 1)
-        if np.abs(bias).max() < 2**31:
-            made = Linear(weight=weight, scale=scale.astype(np.uint8), bias=bias.astype(np.int32), shift=shift)
-            if made.fault() is None:
-                return made
+        if scale.max() >= 2**16 or np.abs(bias).max() >= 2**31:
+            continue
+        weight = np.round(weight_OI / (step_O * scale * 2.0**-shift)[:, None]).clip(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+        made = Linear(weight=weight.astype(np.int8), scale=scale.astype(np.uint16), bias=bias.astype(np.int32), shift=shift)
+        if made.fault() is None:
+            return made
     raise RecipeError(
-        "the weights of this model cannot be written in eight bits",
-        why=f"one is {ratio.max() * LARGEST_ACTIVATION:.3g} times the step of its output",
+        f"the weights of this model cannot be written in whole numbers up to {LARGEST_WEIGHT}",
+        why=f"what one of them gives is {ratio.max() * LARGEST_WEIGHT * LARGEST_ACTIVATION:.3g} times the step of its output",
         fix="train it longer, or use FloatPredictor",
     )
 
@@ -305,14 +306,16 @@ def _scores(q_NHE: np.ndarray, k_NGE: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.array(score, np.uint8), np.array(shifts, np.uint8), np.array(q_step), k_step
 
 
-def _best_step(values_NC: np.ndarray, weight_C: np.ndarray | None = None, *, each: bool = False) -> np.ndarray:
+def _best_step(
+    values_NC: np.ndarray, weight_C: np.ndarray | None = None, *, each: bool = False, largest: int = LARGEST_ACTIVATION
+) -> np.ndarray:
     """The step that rounds and cuts values with the least mean square error: one [1], or one for each column [C]."""
     weight = np.ones(values_NC.shape[1]) if weight_C is None else weight_C
-    largest = np.maximum(np.abs(values_NC).max(0 if each else None, keepdims=True).reshape(-1), 1e-9)
-    best, least = largest / LARGEST_ACTIVATION, np.full(largest.shape, np.inf)
+    most = np.maximum(np.abs(values_NC).max(0 if each else None, keepdims=True).reshape(-1), 1e-9)
+    best, least = most / largest, np.full(most.shape, np.inf)
     for share in np.geomspace(1, 0.1, 16):
-        step = largest * share / LARGEST_ACTIVATION
-        rounded = np.clip(np.round(values_NC / step), -LARGEST_ACTIVATION, LARGEST_ACTIVATION) * step
+        step = most * share / largest
+        rounded = np.clip(np.round(values_NC / step), -largest, largest) * step
         error = (np.square(values_NC - rounded) * weight).sum(0)
         error = error if each else error.sum(keepdims=True)
         best, least = np.where(error < least, step, best), np.minimum(error, least)

@@ -1,7 +1,7 @@
 """Rows of an index in memory, a column each: who they belong to, what filters ask for, and the codes of their vectors.
 
 Rows stand in blocks that never move. One thread writes behind the last row and then raises the count, so that any number of others
-may read at the same time without a lock. A row takes about 1.17 * dimensions + 35 bytes, and 12 for each piece of its metadata.
+may read at the same time without a lock. A row takes 1.125 * dimensions + 37 bytes, and 12 for each piece of its metadata.
 """
 
 from __future__ import annotations
@@ -99,13 +99,15 @@ class Block:
 
     def matching(self, wanted: Wanted, *, from_serial: int = 0, rows: Rows | None = None) -> Rows:
         """Which rows fit, rising; of all those from a serial number on, or of `rows` (rising, too)."""
+        # First who is alive, then how many: of a record that is replaced meanwhile, one row or the other is met.
+        alive = self.alive.copy() if rows is None else self.alive
         count = self.count
         if rows is None:
             begin = int(np.searchsorted(self.serial[:count], from_serial)) if from_serial else 0
             part: Any = slice(begin, count)
         else:
             begin, part = 0, rows
-        fits = self.alive[part] & (self.tenant[part] == wanted.tenant)
+        fits = alive[part] & (self.tenant[part] == wanted.tenant)
         if wanted.kind is not None:
             fits &= self.kind[part] == wanted.kind
         if wanted.since is not None:

@@ -39,6 +39,8 @@ SHORTLIST = 2_000
 """Of those at least so many are compared, so many for each that is asked for, and such a share."""
 _PER_HIT = 50
 _SHARE = 0.01
+_GRAPH_MOST = 500
+"""Records that are asked of a graph; for more of them comparing is faster."""
 _STALE_SHARE = 0.3
 """Of a graph's rows that are deleted: from here on it is built anew."""
 _log = getLogger(__name__)
@@ -193,7 +195,7 @@ class Hot:
         wanted = Wanted(self.tenants[tenant], None if kind is None else self.kinds[kind], tags_of(metadata or {}), since, until)
         query = unit(query[None].astype(np.float32))[0]
         graph = self.graphs.get(wanted.tenant)
-        if graph is not None and not exact and query.any():
+        if graph is not None and not exact and k <= _GRAPH_MOST and query.any():
             found = self._by_graph(graph, query, k, wanted)
             if len(found) == k:
                 return found
@@ -209,13 +211,20 @@ class Hot:
 
     def _compared(self, query: F32, k: int, wanted: Wanted, from_serial: int, exact: bool) -> Found:
         """The nearest of all rows from a serial number on that fit."""
-        blocks = [block for block in self.blocks if block.count and block.serial[block.count - 1] >= from_serial]
-        fits = [(block, rows) for block in blocks if len(rows := block.matching(wanted, from_serial=from_serial))]
+        fits = self._fitting(wanted, from_serial)
         total = sum(len(rows) for _, rows in fits)
         if total > COMPARE_ALL and not exact:
             count = max(SHORTLIST, _PER_HIT * k, int(_SHARE * total))
             fits = self._scan.shortlist(fits, query, 4 * k) if self._scan else _shortlist(fits, query, count)
         return _best_of(fits, query, k)
+
+    def _fitting(self, wanted: Wanted, from_serial: int) -> list[tuple[Block, Rows]]:
+        while True:
+            blocks = self.blocks
+            late = [block for block in blocks if block.count and block.serial[block.count - 1] >= from_serial]
+            fits = [(block, rows) for block in late if len(rows := block.matching(wanted, from_serial=from_serial))]
+            if blocks is self.blocks:  # else a record may have gone over into a block that was not there yet
+                return fits
 
     # ---- Graphs --------------------------------------------------------------------------------------------------
 

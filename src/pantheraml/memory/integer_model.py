@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pantheraml.errors import StorageError
+from pantheraml.errors import MissingExtra, StorageError
 from pantheraml.memory.tokens import Tokens
 
 SUFFIX = "nbm"
 VERSION = 1
+LARGEST_FILE = 1 << 30
+"""Bytes, once it is decompressed."""
 LARGEST_ACTIVATION = 127
 LARGEST_OUTPUT = (1 << 15) - 1
 """Of a linear layer; beyond that it stays there."""
@@ -71,7 +73,7 @@ class Linear:
     """y = (W x * scale + bias) >> shift, for whole numbers x of at most `LARGEST_ACTIVATION`.
 
     Attributes:
-        weight: int8 [O, I]. scale: uint8 [O]. bias: int32 [O], which rounds as well.
+        weight: int8 [O, I]. scale: uint16 [O]. bias: int32 [O], which rounds as well.
     """
 
     weight: np.ndarray
@@ -79,9 +81,13 @@ class Linear:
     bias: np.ndarray
     shift: int
 
+    def scaled(self) -> np.ndarray:
+        """int64 [O, I]: weights times their scales."""
+        return self.weight.astype(np.int64) * self.scale.astype(np.int64)[:, None]
+
     def fault(self) -> str | None:
         """What of it could leave 32 bits; None: nothing."""
-        sums = np.abs(self.weight.astype(np.int64)).sum(1) * LARGEST_ACTIVATION * self.scale
+        sums = np.abs(self.scaled()).sum(1) * LARGEST_ACTIVATION
         worst = int((sums + np.abs(self.bias.astype(np.int64))).max())
         return f"sums up to {worst:,}" if worst >= 1 << 31 or not 1 <= self.shift <= 30 else None
 
@@ -120,7 +126,7 @@ class IntegerModel:
     """All of it.
 
     Attributes:
-        embedding: int8 [V, D] and embedding_scale: uint8 [V]; None: those of the head.
+        embedding: int8 [V, D] and embedding_scale: uint16 [V]; None: those of the head.
         embedding_gain: int16 [D]; embedding_shift: x = (weight * scale * gain + half) >> shift.
         phases: uint32 [E / 2], of a full turn in 2**32, by which each pair of a head is turned at each position.
         sine: int16 [SINE_STEPS], of a full turn, in parts of 2**14. silu: int16 [SILU_STEPS], the gate of -2048 .. 2047.
@@ -141,6 +147,13 @@ class IntegerModel:
     tokens: Tokens
     measured: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    def embedded(self) -> np.ndarray:
+        """int32 [V, D]: what each token begins with."""
+        weight, scale = (self.head.weight, self.head.scale) if self.embedding is None else (self.embedding, self.embedding_scale)
+        assert scale is not None
+        gained = weight.astype(np.int64) * scale.astype(np.int64)[:, None] * self.embedding_gain
+        return np.clip(gained + (1 << (self.embedding_shift - 1)) >> self.embedding_shift, -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
+
     @cached_property
     def turns(self) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines int32 [context, E / 2], in parts of 2**14, of the nearest of SINE_STEPS."""
@@ -149,7 +162,7 @@ class IntegerModel:
         return self.sine[(step + SINE_STEPS // 4) % SINE_STEPS].astype(np.int32), self.sine[step].astype(np.int32)
 
     def to_bytes(self) -> bytes:
-        """The file: safetensors, with the sizes and shifts as JSON under "nbm"."""
+        """The file: safetensors, with the sizes and shifts as JSON under "nbm"; all of it compressed by zstd."""
         from safetensors.numpy import save
 
         arrays = self.tokens.to_arrays() | {
@@ -164,7 +177,7 @@ class IntegerModel:
         said |= {"head": _taken("head", self.head, arrays), "norm": asdict(self.norm), "measured": self.measured, "layers": []}
         for i, layer in enumerate(self.layers):
             said["layers"].append(_taken(f"layers.{i}", layer, arrays))
-        return save(arrays, metadata={"nbm": json.dumps(said, sort_keys=True)})
+        return _zstandard().ZstdCompressor(level=19).compress(save(arrays, metadata={"nbm": json.dumps(said, sort_keys=True)}))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> IntegerModel:
@@ -172,7 +185,11 @@ class IntegerModel:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
+        zstandard = _zstandard()
         try:
+            if zstandard.get_frame_parameters(data).content_size > LARGEST_FILE:
+                raise _damaged(f"it says that it holds more than {LARGEST_FILE:,} bytes")
+            data = zstandard.ZstdDecompressor().decompress(data)
             length = int.from_bytes(data[:8], "little")
             said = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["nbm"])
             if said["version"] != VERSION:
@@ -193,7 +210,7 @@ class IntegerModel:
                 tokens=Tokens.from_arrays(arrays),
                 measured=said["measured"],
             )
-        except (ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError, RecursionError, zstandard.ZstdError) as error:
             raise _damaged(f"{type(error).__name__}: {error}") from error
         if fault := model.fault():
             raise _damaged(fault)
@@ -313,3 +330,11 @@ def _damaged(what: str) -> StorageError:
         why="what it has encoded cannot be decoded without it",
         fix="`pantheraml memory verify` names damaged files; restore the model (.nbm) from its copy or a backup",
     )
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtra("zstandard", needed_for="a model of the neural codec", install="'pantheraml[memory]'") from error
+    return zstandard

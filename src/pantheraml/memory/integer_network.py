@@ -72,11 +72,7 @@ class Network:
         for i, layer in enumerate(model.layers):
             self.tensors[f"{i}.score"] = self._whole(layer.score)
             self.tensors[f"{i}.score_shift"] = self._whole(layer.score_shift)
-        own, scale = (model.head.weight, model.head.scale) if model.embedding is None else (model.embedding, model.embedding_scale)
-        assert scale is not None
-        scaled = own.astype(np.int32) * scale.astype(np.int32)[:, None]
-        embedded = scaled * model.embedding_gain.astype(np.int32) + (1 << (model.embedding_shift - 1)) >> model.embedding_shift
-        self.tensors["embedding"] = self._whole(np.clip(embedded, -LARGEST_SUM, LARGEST_SUM))
+        self.tensors["embedding"] = self._whole(model.embedded())
         cosines, sines = model.turns
         self.tensors |= {"cosines": self._whole(cosines), "sines": self._whole(sines), "silu": self._whole(model.silu)}
         self.tensors["attended"] = torch.from_numpy(weights_of_scores()).to(self.device, self.floats)

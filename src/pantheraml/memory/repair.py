@@ -10,6 +10,7 @@ import os
 import secrets
 import sqlite3
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from logging import getLogger
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pantheraml.errors import StorageError
 from pantheraml.memory import tables
@@ -111,7 +113,8 @@ def _looked_at(folder: Path, keys: Keys | None) -> list[Problem]:
         return [Problem(DB, "file", "it is not there")]
     try:
         with Records(folder, keys=keys, readonly=True, announce=lambda said: None) as store:
-            return store.verify()
+            found = store.examine()
+            return found if any(not each.harmless for each in found) else store.verify()
     except StorageError as error:
         with Wreck(folder) as wreck:
             settings = {name: value for name, (_, value) in wreck.read().settings.items() if value is not None}
@@ -144,7 +147,8 @@ class _Rebuilt:
         self._newest = self._history.newest()
         self._ids = self._newest[1]["id"].astype(np.int64)
         self._changes = bytearray()
-        self._places: list[tuple[int, int]] = []
+        self._places = array("q"), array("q")  # marks, and numbers of records
+        self._keys: dict[int, tuple[int, int]] = {}  # of doubtful records: their mark and seq
         self._refs: list[tuple[int, int]] = []
 
     def write(self) -> None:
@@ -153,9 +157,13 @@ class _Rebuilt:
         connection = tables.create_file(beside(self._folder, DB), fast=True)
         connection.executemany("INSERT INTO records VALUES(?, ?)", self._rows())
         ids = {id for (id,) in connection.execute("SELECT id FROM records")}
-        gone = self._without_base(ids)
+        marks, owners = (np.array(each, np.int64) for each in self._places)
+        gone = self._without_key(marks, owners, ids) | self._without_base(ids)
         connection.executemany("DELETE FROM records WHERE id=?", [(id,) for id in gone])
-        connection.executemany("INSERT OR IGNORE INTO places VALUES(?, ?)", (each for each in sorted(self._places) if each[1] in ids))
+        order = np.lexsort((owners, marks))
+        for some in np.array_split(order, len(order) // 100_000 + 1):
+            pairs = zip(marks[some].tolist(), owners[some].tolist(), strict=True)
+            connection.executemany("INSERT OR IGNORE INTO places VALUES(?, ?)", [each for each in pairs if each[1] in ids])
         connection.executemany("INSERT OR IGNORE INTO refs VALUES(?, ?)", [each for each in self._refs if each[1] in ids])
         connection.executemany("INSERT INTO uses VALUES(?, ?, ?)", [(id, *use) for id, use in self._found.uses.items() if id in ids])
         self._write_bands(connection, ids)
@@ -191,10 +199,13 @@ class _Rebuilt:
                 continue
             if not found.current[n] and any(last > seq for _, last in self.missing):
                 self.doubtful.append(id)
+                self._keys[id] = marks[1], seq
             if known is None or newest != seq or self._remarked:
                 self._changes += pack_change(What.KEEP, id, *marks)
                 blob = pack_row(row, id, self._seq(), self._machine(row), self._seal)
-            self._places += found_by(row, id, marks[1], marks[2])
+            for mark, _ in found_by(row, id, marks[1], marks[2]):
+                self._places[0].append(mark)
+                self._places[1].append(id)
             if (base := row.base) is not None:
                 self._refs.append((base, id))
             yield id, blob
@@ -202,6 +213,18 @@ class _Rebuilt:
         for k in np.flatnonzero(np.isin(changes["what"], LIVE) & ~there).tolist():
             perhaps = ", or a change that is lost has deleted it" if any(last > seqs[k] for _, last in self.missing) else ""
             self._lose(int(self._ids[k]), f"change {seqs[k]} has written it, and no sound copy is left{perhaps}")
+
+    def _without_key(self, marks: NDArray[np.int64], owners: NDArray[np.int64], ids: set[int]) -> set[int]:
+        """Takes out doubtful records whose key another one has: they were deleted, or replaced under another number."""
+        gone: set[int] = set()
+        for id, (mark, seq) in self._keys.items():
+            others = set(owners[marks == mark].tolist()) - {id} - gone
+            if any(other not in self._keys or self._keys[other][1] > seq for other in others):
+                self._lose(id, "another record has its key now, so it was deleted by a change that is lost")
+                gone.add(id)
+        self.doubtful = [id for id in self.doubtful if id not in gone]
+        ids -= gone
+        return gone
 
     def _without_base(self, ids: set[int]) -> set[int]:
         """Takes out what cannot be decoded any more; `ids` are those that are left."""

@@ -65,6 +65,15 @@ class Found:
     hurt: dict[int, str | None] = field(default_factory=dict[int, "str | None"])
     acknowledged: int | None = None
 
+    def add(self, id: int, seq: int, frame: int, page: int, offset: int, current: bool) -> None:
+        """One more copy of a row."""
+        self.id.append(id)
+        self.seq.append(seq)
+        self.frame.append(frame)
+        self.page.append(page)
+        self.offset.append(offset)
+        self.current.append(current)
+
     def best(self) -> NDArray[np.int64]:
         """[M] of the copies, the newest of each row, a current one first among equals; sorted by the row's number."""
         id, seq, current = np.array(self.id), np.array(self.seq), np.array(self.current)
@@ -190,15 +199,7 @@ class Wreck:
                     found.hurt.setdefault(cell.rowid, guessed_key(blob))
                     continue
                 if acknowledged is True or seq <= acknowledged:
-                    for name, value in (
-                        ("id", cell.rowid),
-                        ("seq", seq),
-                        ("frame", frame),
-                        ("page", number),
-                        ("offset", offset),
-                        ("current", current),
-                    ):
-                        getattr(found, name).append(value)
+                    found.add(cell.rowid, seq, frame, number, offset, current)
             elif mark == LEDGER_MARK and (block := unpack_block(cell.rowid, blob)):
                 if acknowledged is True or block.tip.seq <= acknowledged:
                     found.blocks[cell.rowid] = blob

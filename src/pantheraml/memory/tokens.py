@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 _NOT_TEXT = re.compile("[\udc80-\udcff]+")
 """Bytes that are no UTF-8, as `surrogateescape` writes them."""
-_LARGEST_SPEC = 64 << 20
-"""Bytes of a tokenizer.json."""
 
 
 class Tokens:
@@ -103,12 +100,12 @@ class Tokens:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Everything, for a file: `tokens.bytes` uint8 (of all tokens, one behind the other), `tokens.lengths` uint16 [V],
-        `tokens.begin` int32 [1], and `tokens.spec` uint8 (zlib of the tokenizer.json), which decoding does not need."""
+        `tokens.begin` int32 [1], and `tokens.spec` uint8 (the tokenizer.json), which decoding does not need."""
         return {
             "tokens.bytes": np.frombuffer(b"".join(self.table), np.uint8),
             "tokens.lengths": np.array([len(piece) for piece in self.table], np.uint16),
             "tokens.begin": np.array([self.begin], np.int32),
-            "tokens.spec": np.frombuffer(zlib.compress(self._spec.encode(), 9), np.uint8),
+            "tokens.spec": np.frombuffer(self._spec.encode(), np.uint8),
         }
 
     @classmethod
@@ -117,9 +114,9 @@ class Tokens:
         try:
             all_bytes = arrays["tokens.bytes"].tobytes()
             ends = np.cumsum(arrays["tokens.lengths"], dtype=np.int64).tolist()
-            spec = zlib.decompressobj().decompress(arrays["tokens.spec"].tobytes(), _LARGEST_SPEC).decode()
+            spec = arrays["tokens.spec"].tobytes().decode()
             begin = int(arrays["tokens.begin"][0])
-        except (KeyError, ValueError, IndexError, zlib.error) as error:
+        except (KeyError, ValueError, IndexError) as error:
             raise _damaged(str(error)) from error
         if not ends or ends[-1] != len(all_bytes) or not 0 <= begin < len(ends):
             raise _damaged("the lengths of its tokens do not fit their bytes")

@@ -137,13 +137,11 @@ def _fitting(model: Any, rows: StaticRows, backend: Backend | None) -> int:
 
 def unable(model: Any, tokens: int) -> str | None:
     """Why the layers of a model cannot keep rows of so many tokens, from what is known of it; None: perhaps they can."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
     causal = causal_model(model)
     config = causal.config.get_text_config()
     if any(each.is_prompt_learning for each in getattr(model, "peft_config", {}).values()):
         return "learned prompts stand before the tokens"
-    other = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:
         return f"it has layers of the kind {sorted(other)[0]!r}, which keep more than keys and values"
     if not getattr(causal, "_supports_attention_backend", False) or not getattr(config, "is_causal", True):
@@ -351,7 +349,7 @@ class SingleRows:
         ids = torch.tensor([list(part.tokens)], device=self._device)
         out = self._causal(input_ids=ids, use_cache=True, **self._caches.get(part.slot, {}))
         # Models that are nothing but a state have another name for it.
-        self._caches[part.slot] = {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
+        self._caches[part.slot] = {name: out[name] for name in ("past_key_values", "cache_params", "state") if out.get(name) is not None}
         return out.logits[:, -1]
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:

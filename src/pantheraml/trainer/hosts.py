@@ -119,7 +119,7 @@ def check_started(plan: Plan, world: World) -> None:
             f"{'is' if world.size == 1 else 'are'} here",
             why="each device has a process of its own, which runs the whole script",
             fix=f"start it with torchrun --nproc-per-node {plan.world_size} SCRIPT.py, or a recipe with pantheraml train; "
-            "or set hardware.devices to 1, and leave parallel, dp, fsdp and tp out",
+            "or set hardware.devices to 1, and leave parallel, dp, fsdp, cp and tp out",
         )
 
 
