@@ -26,19 +26,25 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pantheraml.errors import StorageError
-from pantheraml.memory.policy import Budgets
-from pantheraml.memory.record import Record
-from pantheraml.memory.store import Memory
+if TYPE_CHECKING:
+    from pantheraml.memory.store import Memory
 
 KEYS = 400
 LONGEST_WAIT_S = 120.0
 ANY_MOMENT_S = 0.6  # puts and compactions take less, so any place of them may be hit
-BUDGETS = Budgets(hot_bytes=1 << 16, warm_bytes=1 << 17)  # so small that each compaction moves records to cold segments and back
 PAGE_BYTES, BLOCK_BYTES = 4096, 32 << 10
 SMALLER = 8
 """Content is at most so many times smaller in a block, so that what one held comes to at most so many times its size."""
+
+
+def opened(folder: Path, **settings: Any) -> Memory:
+    """A store with so little room that each compaction moves records to cold segments and back."""
+    from pantheraml.memory.policy import Budgets
+    from pantheraml.memory.store import Memory
+
+    return Memory.open(folder, budgets=Budgets(hot_bytes=1 << 16, warm_bytes=1 << 17), **settings)
 
 
 def content(key: int, version: int) -> str | bytes:
@@ -67,7 +73,7 @@ def main() -> int:
         sound, compacting, deeds = killed(room, kills, chance)
         left = room / "left"  # as a kill leaves it, with its log
         shutil.copytree(room / "store", left)
-        with Memory.open(room / "store", budgets=BUDGETS):
+        with opened(room / "store"):
             pass
         found = Counter[str]()
         for state, folder in (("closed", room / "store"), ("killed", left)):
@@ -93,13 +99,15 @@ def main() -> int:
 
 def work(store: Path, notes: Path, chance: random.Random) -> int:
     """Deeds without end. Each is noted as begun, and as done once it is acknowledged."""
+    from pantheraml.memory.record import Record
+
     out = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     versions = replayed(notes)[0]
 
     def note(**said: object) -> None:
         os.write(out, (json.dumps(said) + "\n").encode())
 
-    with Memory.open(store, budgets=BUDGETS, wait_s=10) as memory:
+    with opened(store, wait_s=10) as memory:
         while True:
             deed = chance.choices(("put", "put_many", "delete", "compact", "get"), (8, 4, 2, 2, 4))[0]
             keys = [chance.randrange(KEYS) for _ in range(1 if deed in ("put", "delete", "get") else 30)]
@@ -175,7 +183,7 @@ def looked(store: Path, notes: Path) -> list[str]:
     """What is wrong with a store after a kill. Settles what the deed under way has come to."""
     versions, pending, _, _ = replayed(notes)
     announced: list[str] = []
-    with Memory.open(store, readonly=True, announce=announced.append) as memory:
+    with opened(store, readonly=True, announce=announced.append) as memory:
         wrong = [*announced, *memory.verify().problems]
         came_to: dict[int, int] = {}
         for key in range(KEYS):
@@ -211,6 +219,9 @@ def files(folder: Path) -> dict[str, list[Path]]:
 
 def flipped(folder: Path, copy: Path, path: Path, chance: random.Random) -> tuple[bool, bool]:
     """(whether the flip is found and the file named, whether it costs no more than its block)."""
+    from pantheraml.errors import StorageError
+    from pantheraml.memory.store import Memory
+
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     (copy / "store.db-shm").unlink(missing_ok=True)
@@ -221,7 +232,7 @@ def flipped(folder: Path, copy: Path, path: Path, chance: random.Random) -> tupl
     (copy / path).write_bytes(data)
     said: list[str] = []
     try:
-        with Memory.open(copy, budgets=BUDGETS, readonly=True, announce=said.append) as memory:
+        with opened(copy, readonly=True, announce=said.append) as memory:
             said += memory.verify().problems
     except StorageError as error:
         said.append(str(error))
@@ -235,11 +246,13 @@ def flipped(folder: Path, copy: Path, path: Path, chance: random.Random) -> tupl
 
 def readable(folder: Path) -> dict[str, bytes]:
     """Key -> content of all records that can be read."""
+    from pantheraml.errors import StorageError
+
     found: dict[str, bytes] = {}
     copy = folder.with_name("reading")  # to open a store that a kill has left changes its log
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
-    with Memory.open(copy, readonly=True, announce=lambda said: None) as memory:
+    with opened(copy, readonly=True, announce=lambda said: None) as memory:
         for key in range(KEYS):
             try:
                 held = memory.get(str(key)).content if str(key) in memory else None

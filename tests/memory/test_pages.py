@@ -292,7 +292,7 @@ def test_pages_that_do_not_match_are_named(tmp_path):
     def found(live: bool = False, in_log: frozenset[int] = frozenset()) -> list[str]:
         handle = os.open(path, os.O_RDONLY)
         try:
-            return [f"{each} {each.harmless}" for each in check_pages(handle, lambda: (sums, in_log), live=live)]
+            return [f"{each} {each.harmless}" for each in check_pages(handle, lambda: sums, lambda: in_log, live=live)]
         finally:
             os.close(handle)
 

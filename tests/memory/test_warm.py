@@ -188,8 +188,9 @@ def test_numbers_are_given_once(store, memory_folder):
         with again.write():
             numbers = again.reserve(3)
             assert again.insert([replace(row(5), id=numbers[2]), row(6), replace(row(7), id=numbers[0])]) == [7, 8, 5]
-        with pytest.raises(ValueError, match="UNIQUE"):
-            again.insert([replace(row(8), id=7)])
+        for id, said in ((7, "UNIQUE"), (99, "was not reserved")):
+            with pytest.raises(ValueError, match=said):
+                again.insert([replace(row(8), id=id)])
         again._next_id = 2**32 - 1
         with pytest.raises(StorageError, match="32 bits"):
             again.insert([row(9), row(10)])

@@ -44,19 +44,19 @@ _SAMPLES = 4096
 
 @dataclass
 class Seen:
-    """What the float model computed for the sample, float32 [N, ..]: by name ("0.normed", "0.queries", ...)."""
+    """What the float model computed for every n-th token of a sample, float32 [N, ..]: by name ("0.queries", "gates", ...)."""
 
+    every: int = 1
     by_name: dict[str, list[Tensor]] = field(default_factory=dict[str, "list[Tensor]"])
 
     def note(self, name: str, values: Tensor) -> None:
         """Adds values [B, T, ..] of a batch."""
-        self.by_name.setdefault(name, []).append(values.reshape(-1, *values.shape[2:]))
+        self.by_name.setdefault(name, []).append(values.reshape(-1, *values.shape[2:])[:: self.every].clone())
 
     def __getitem__(self, name: str) -> np.ndarray:
         import torch
 
-        values = torch.cat(self.by_name[name])
-        return values[:: -(-len(values) // _SAMPLES)].double().numpy()
+        return torch.cat(self.by_name[name]).double().numpy()
 
 
 def shape_of(model: Any, context: int | None = None) -> Shape:
@@ -74,8 +74,6 @@ def shape_of(model: Any, context: int | None = None) -> Shape:
         why = f"its positions are {model.model.rotary_emb.rope_type}, and turn by more than a fixed angle a token"
     elif head > LARGEST_HEAD:
         why = f"its heads have {head} values, and sums over more than {LARGEST_HEAD} could leave 24 bits"
-    elif config.num_hidden_layers > 30:
-        why = f"it has {config.num_hidden_layers} layers, and more than 30 could leave 21 bits"
     if why:
         raise RecipeError(
             f"a model of the family {config.model_type} cannot be made into whole numbers",
@@ -108,13 +106,13 @@ def calibrate(model: Any, tokens: Tokens, samples: Sequence[np.ndarray], *, cont
     shape = shape_of(model, context)
     weights = {name: value.detach().cpu().float() for name, value in model.state_dict().items()}
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    seen = Seen()
+    inputs = [[tokens.begin, *each.tolist()][: shape.context] for each in samples]
+    seen = Seen(every=-(-sum(map(len, inputs)) // _SAMPLES))
     with torch.no_grad():
-        for each in samples:
-            ids = torch.tensor([[tokens.begin, *each.tolist()]][: shape.context])[:, : shape.context]
-            float_logits(model, weights, ids, seen)
+        for each in inputs:
+            float_logits(model, weights, torch.tensor([each]), seen)
     turns = model.model.rotary_emb.inv_freq.double().cpu().numpy() / (2 * pi)
-    return _Converter(shape, {name: value.double().numpy() for name, value in weights.items()}, seen).made(turns, tokens)
+    return _Converter(shape, {name: value.numpy() for name, value in weights.items()}, seen).made(turns, tokens)
 
 
 def float_logits(model: Any, weights: dict[str, Tensor], ids_BT: Tensor, seen: Seen | None = None) -> Tensor:
@@ -273,6 +271,7 @@ class _Converter:
 
 def _linear(weight_OI: np.ndarray, step_O: np.ndarray, bias_O: np.ndarray | None = None) -> Linear:
     """Weights that give outputs in these steps, with the largest scales whose sums stay within 32 bits."""
+    weight_OI = weight_OI.astype(np.float64)
     ratio = _best_step(weight_OI.T, each=True, largest=LARGEST_WEIGHT) / step_O
     for shift in range(30, 0, -1):
         scale = np.maximum(1, np.round(ratio * 2.0**shift))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pantheraml.memory.ledger import START, Head, Tip, unpack_block
@@ -33,12 +34,13 @@ def examine_files(
         if not found:
             break
 
-    def read() -> tuple[Sums, frozenset[int]]:
-        now, (logged, took, _) = (read_sums(folder / SUMS), examine(folder / WAL)) if live else (sums, (frames, taken, []))
-        return now, frozenset(logged.page[:took].tolist()) if logged else frozenset()
+    def logged() -> frozenset[int]:
+        now, took = examine(folder / WAL)[:2] if live else (frames, taken)
+        return frozenset(now.page[:took].tolist()) if now else frozenset()
 
     if all(each.harmless for each in sums.problems):
-        found += check_pages(raw.handle, read, live=live, first=pages, progress=progress)
+        known = partial(read_sums, folder / SUMS) if live else lambda: sums
+        found += check_pages(raw.handle, known, logged, live=live, first=pages, progress=progress)
     return sums, found
 
 

@@ -224,7 +224,7 @@ class IntegerModel:
             and s.head <= LARGEST_HEAD
             and s.head % 2 == 0
             and s.heads % s.groups == 0
-            and len(self.layers) == s.layers <= 30
+            and len(self.layers) == s.layers
             and s.vocabulary > 1
         ):
             return f"its sizes cannot be: {s}"

@@ -238,7 +238,8 @@ def read_sums(path: Path) -> Sums:
 
 def check_pages(
     handle: int,
-    read: Callable[[], tuple[Sums, frozenset[int]]],
+    read_known: Callable[[], Sums],
+    read_logged: Callable[[], frozenset[int]],
     *,
     live: bool,
     first: int | None = None,
@@ -247,11 +248,11 @@ def check_pages(
     """Compares each page of a database file with what is known of it, reading 1 MiB at a time.
 
     Args:
-        handle: of the file. read: gives the sums, and the pages whose newest version lies in SQLite's log.
+        handle: of the file. read_known: gives the sums. read_logged: gives the pages whose newest version lies in SQLite's log.
         live: another process may be writing: what does not match is read again before it counts. first: only so many pages; None: all.
         progress: hears pages done, and of all.
     """
-    sums, in_log = read()
+    sums = read_known()
     fewest, most = sums.sizes()
     size = os.fstat(handle).st_size
     pages = size // PAGE
@@ -266,17 +267,39 @@ def check_pages(
             number = start + i + 1
             if sums.accepts(number, data[i * PAGE : (i + 1) * PAGE]):
                 continue
-            for _ in range(8 if live else 0):
-                time.sleep(0.02)
-                sums, in_log = read()
-                if sums.accepts(number, os.pread(handle, PAGE, (number - 1) * PAGE)):
-                    break
-            else:
-                # Torn by a loss of power while it was being copied there; what it was before, and the log was made from, had been looked at.
-                newer = number in in_log and bool(sums.waiting(number))
-                what = "it does not match its checksum" + "; it was being copied there from the log, which has it" * newer
-                yield Problem(DB, page_place(number), what, harmless=newer)
+            if live:
+                sums, holds = _look_again(handle, number, read_known)
+                if holds:
+                    continue
+            # Torn by a loss of power while it was being copied there; what it was before, and the log was made from, had been looked at.
+            newer = bool(sums.waiting(number)) and number in read_logged()
+            what = "it does not match its checksum" + "; it was being copied there from the log, which has it" * newer
+            yield Problem(DB, page_place(number), what, harmless=newer)
         progress(min(start + 256, pages), pages)
+
+
+def _look_again(handle: int, number: int, read_known: Callable[[], Sums], looks: int = 8, most: int = 500) -> tuple[Sums, bool]:
+    """Whether a page holds that did not: it does not after so many looks during which nobody wrote checksums.
+
+    A page that is written all the time, so that there are no such looks, holds as far as can be told: who writes it has read it back.
+    """
+    sums = read_known()
+    for _ in range(most):
+        time.sleep(0.02)
+        before = _stamp(sums.path)
+        sums = read_known()
+        if sums.accepts(number, os.pread(handle, PAGE, (number - 1) * PAGE)):
+            break
+        looks -= before == _stamp(sums.path)
+        if not looks:
+            return sums, False
+    return sums, True
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Another one once a file was written."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class RawFile:

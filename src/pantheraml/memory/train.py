@@ -60,10 +60,10 @@ _log = getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Of a model; it has as many bytes as parameters once it is stored.
+    """Of a model; stored, it has half as many bytes as parameters.
 
     Attributes:
-        vocabulary: tokens. hidden, layers, heads, inner: as transformers' LlamaConfig calls them; half of the heads have keys of their own.
+        vocabulary: tokens. hidden, layers, heads, inner: sizes of a llama. groups: of heads that share keys and values.
         context: tokens that it sees.
     """
 
@@ -159,7 +159,7 @@ def train_model(
         )
     size = size or Size.for_texts(total_bytes)
     clean = [text.encode("utf-8", "replace").decode() for text in texts]
-    rows = [{"text": clean[i]} for i in _balanced(learned, clean, kinds)]
+    rows = [{"text": clean[i]} for i in _balanced(learned, clean, kinds) if clean[i].strip()]
     random.Random(seed).shuffle(rows)
     announce(f"{len(learned)} texts ({total_bytes:,} bytes) teach a model, {len(held)} of other documents measure it")
     calibrated, measured_on = (

@@ -37,6 +37,8 @@ class Warm(Records):
         with self.write() as connection:
             fresh = iter(self.reserve(sum(not row.id for row in rows)))
             ids = [row.id or next(fresh) for row in rows]
+            if max(ids, default=0) >= self._next_id:
+                raise ValueError(f"record number {max(ids)} was not reserved")
             self._put(connection, "INSERT", What.PUT, rows, ids)
             if bands_NB is not None:
                 self._band(connection, ids, bands_NB)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.hardware.backend import Backend, open_backend
-from pantheraml.models.cache import PLACES, RowCache, Step, attending
+from pantheraml.models.cache import PLACES, RowCache, Step, attending, places_for
 from pantheraml.models.dense import dense_products
 from pantheraml.models.head import causal_model
 from pantheraml.models.isolation import ALONE
@@ -123,7 +123,7 @@ def _fitting(model: Any, rows: StaticRows, backend: Backend | None) -> int:
     free_bytes = None if backend is None else backend.memory(device.index or 0).free_bytes
     config = causal_model(model).config.get_text_config()
     vocab = model.get_input_embeddings().weight.shape[0]
-    one = row_bytes(token_bytes=rows.token_bytes, tokens=rows.tokens, vocab=vocab)
+    one = row_bytes(token_bytes=rows.token_bytes, tokens=places_for(rows.tokens), vocab=vocab)
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     reading = working_bytes(
         tokens=max(PROMPT_TOKENS, rows.chunk),
