@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pantheraml.memory.policy import TIERS, Budgets, Entries, heat, plan_moves, worn_segments
@@ -108,6 +108,8 @@ def test_more_or_later_use_never_brings_a_record_lower(rows, budgets, data):
     assert after(entries_of(better), budgets)[which] <= after(entries_of(rows), budgets)[which]
 
 
+# The second record has more heat a byte in memory, and comes to stay with more space in the database.
+@example([(WARM, 100, 10, 0.0, 3), (WARM, 60, 60, 0.0, 9)], Budgets(hot_bytes=100, warm_bytes=10), 0, 90)
 @given(ROWS, BUDGETS, st.integers(0, 20_000), st.integers(0, 20_000))
 @settings(max_examples=300, deadline=None)
 def test_more_space_never_brings_a_record_lower(rows, budgets, more_hot, more_warm):

@@ -95,7 +95,8 @@ def plan_moves(entries: Entries, budgets: Budgets, now: float) -> Moves:
     # One that is cold and stays so has its place in the order all the same: it must not depend on what the last plan did.
     fits = _fitting(fresh, warmth, entries.stored_bytes, entries.id, budgets.warm_bytes)
     stays = fits & ((entries.tier != cold) | (warmth >= budgets.warm_heat))
-    lies = _fitting(stays & (warmth >= budgets.hot_heat), warmth, entries.raw_bytes, entries.id, budgets.hot_bytes)
+    # Those that do not stay have a place in this order too: else more space in the database could take space in memory from others.
+    lies = stays & _fitting(fresh & (warmth >= budgets.hot_heat), warmth, entries.raw_bytes, entries.id, budgets.hot_bytes)
     wanted = np.where(lies, hot, np.where(stays, warm, cold))
     hottest = np.lexsort((entries.id, -warmth))
     moved = hottest[(wanted != entries.tier)[hottest]]
