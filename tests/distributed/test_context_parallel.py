@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -311,3 +316,26 @@ def test_a_run_of_four_goes_on_with_one(tmp_path: Path) -> None:
     (four / "recipe.yaml").write_text(dump_recipe(asked.model_copy(update={"hardware": hardware})))
     assert "Going on after step 2 of 4" in trained(four, "resume")
     assert largest(weights[1], load_file(four / "model" / "model.safetensors")) < 1e-5
+
+
+@pytest.mark.slow
+def test_where_one_that_shares_rows_hangs_the_stacks_say_where_the_other_waits(tmp_path: Path) -> None:
+    """The launcher must be first to give up: a group of some of the processes waits no shorter than that of all."""
+    rows = written(tmp_path / "rows.jsonl", chats(40))
+    words = f"tiny:llama {rows} run.folder={tmp_path} run.name=it run.log_every=1 batch.size=4 optim.steps=2000 adapter.rank=4"
+    words += (
+        " model.dtype=float32 eval.generate_rows=0 eval.every=end hardware.kind=cpu hardware.threads=1 hardware.cp=2 hardware.timeout_s=4"
+    )
+    environment = {**os.environ, "PANTHERAML_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "pantheraml", "train", *words.split()]
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "it" / "metrics.jsonl"
+    while launcher.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        time.sleep(0.05)
+    second = next(each for each in psutil.Process(launcher.pid).children() if each.environ().get("RANK") == "1")
+    second.suspend()
+    printed, _ = launcher.communicate(timeout=200)
+    assert launcher.returncode == 4 and "gave no sign of life for 4 s" in printed, printed
+    assert "Timed out waiting" not in printed, printed
+    stacks = (tmp_path / "it" / "logs" / "rank-00000.log").read_text()
+    assert "in _backward" in stacks or "in forward" in stacks or "in sum_gradients" in stacks or "in totals" in stacks, stacks

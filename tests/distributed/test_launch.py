@@ -47,7 +47,16 @@ def say(name, text=""):
 
 @pytest.fixture(autouse=True)
 def nobody_has_launched_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PANTHERAML_DEVICES", "PANTHERAML_LOGS", "PANTHERAML_LAUNCHER"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "PANTHERAML_DEVICES",
+        "PANTHERAML_LOGS",
+        "PANTHERAML_SIGNS",
+        "PANTHERAML_LAUNCHER",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -330,6 +339,25 @@ def test_a_program_that_a_process_starts_is_not_taken_for_one(place: Place) -> N
     assert code == 0
 
 
+def test_the_same_started_once_more_leaves_the_signs_of_the_first_alone(place: Place) -> None:
+    """Its folder is the same, and a run that is in use is refused by its first process: that must not end the run that uses it."""
+    with job.Job(place.program("with open_heartbeat() as pulse: pulse.beat(); wait_for('over')"), 1, made(place.logs), os.environ) as first:
+        until(lambda: first.pulses[0].path.exists() and first.pulses[0].path.read_bytes())
+        again = [sys.executable, "-c", "import os, sys, time; sys.exit(6) if os.environ['RANK'] == '0' else time.sleep(60)"]
+        with job.Job(again, 2, place.logs, os.environ) as second:
+            assert second.watched(60.0, job.Asked()).code == 6
+            assert job.lost_file(second.signs).exists() and not job.lost_file(first.signs).exists()
+        assert first.pulses[0].path.read_bytes() == b"1"
+        (place.folder / "over").touch()
+        assert first.watched(60.0, job.Asked()).code == 0
+    assert sorted(path.name for path in place.logs.iterdir()) == ["rank-00000.log", "rank-00001.log"]
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
 def test_a_folder_that_cannot_be_written_is_said(place: Place) -> None:
     place.logs.parent.mkdir()
     place.logs.write_text("a file")
@@ -566,6 +594,14 @@ def test_who_is_to_blame_for_a_hang_is_known_only_where_one_is_behind(tmp_path: 
             pulse.beats = number
         end = watched._hang([min((0, 1), key=lambda each: beats[each])], 1.0)
         assert end.rank == rank, beats
+
+
+def test_those_that_have_done_as_little_before_a_hang_are_all_named(tmp_path: Path) -> None:
+    watched = job.Job([], 3, tmp_path, {})
+    for pulse, number in zip(watched.pulses, (3, 4, 3), strict=True):
+        pulse.beats = number
+    assert watched._hang([0, 2, 1], 6.0).said == "the processes 0, 2 of 3 gave no sign of life for 6 s"
+    assert watched._hang([1], 6.0).said == "process 1 of 3 gave no sign of life for 6 s"
 
 
 # ---- A whole run -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ TORCHRUN = {
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*TORCHRUN, "PANTHERAML_DEVICES", "PANTHERAML_LOGS", "PANTHERAML_LAUNCHER"):
+    for name in (*TORCHRUN, "PANTHERAML_DEVICES", "PANTHERAML_LOGS", "PANTHERAML_SIGNS", "PANTHERAML_LAUNCHER"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -55,3 +55,18 @@ def test_processes_that_share_a_cpu_are_as_many_as_are_asked_for() -> None:
     inventory = laptop()
     found, _ = process_meshes(HardwareAsk(devices=4, min_devices=2), inventory.devices[0], inventory, collective="gloo")
     assert found[0] == {"dp": 4}
+
+
+@pytest.mark.parametrize(("devices", "what"), [("all", "=all are one of a CPU"), ("auto", "=auto come to 1")])
+def test_more_than_a_cpu_counts_as_are_refused_rather_than_forgotten(devices: str, what: str) -> None:
+    inventory = laptop()
+    with pytest.raises(RecipeError) as refused:
+        process_meshes(HardwareAsk(devices=devices, min_devices=2), inventory.devices[0], inventory, collective="gloo")
+    assert refused.value.what == f"hardware.min_devices=2, but hardware.devices{what}"
+    assert refused.value.fix == "set hardware.devices to 2 or more"
+
+
+def test_with_how_few_is_not_how_many() -> None:
+    with pytest.raises(RecipeError, match=r"hardware\.min_devices=2, but hardware\.devices=auto come to 1"):
+        meshes(8, min_devices=2)
+    assert meshes(8, cp=2, min_devices=2)[0] == [{"cp": 2}]

@@ -192,6 +192,14 @@ def test_rule_between_sections_names_both_keys(said):
     )
 
 
+def test_rule_that_names_values_names_the_keys_to_change():
+    assert refused("hardware.devices=2", "hardware.min_devices=4") == (
+        "command line: hardware.min_devices=4 is more than hardware.devices=2\n"
+        "  why: both cannot be had in one run\n"
+        "  fix: change hardware.min_devices or hardware.devices"
+    )
+
+
 def test_key_of_another_kind_says_which_kind_reads_it():
     assert refused("adapter=full", "adapter.rank=3") == (
         "command line: adapter.rank does not go with adapter.kind=full\n"

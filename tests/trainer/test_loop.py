@@ -313,6 +313,46 @@ def test_a_signal_ends_at_the_step_boundary_with_a_checkpoint(tmp_path: Path, nu
     assert bench.engine.events[-2:] == ["read 3", "save"] and [line["step"] for line in bench.metrics()] == [0, 1, 2, 3]
 
 
+def test_several_hosts_hear_a_signal_though_the_next_log_line_is_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps of 2 s: they ask each other after each second one, and not at each; the first one was as long as what came before it."""
+    now, agreed = [0.0], list[int]()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+
+    def on_step(done: int) -> None:
+        now[0] += 2.0
+        if done == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    bench = Bench(tmp_path, FakeEngine([9], on_step=on_step), rhythm(99, log=100, eval=100, save=100))
+
+    def most(number: int) -> int:  # another host is slower
+        agreed.append(bench.position.step)
+        return max(number, 2400)
+
+    bench.stop = Stop(most)
+    with pytest.raises(StoppedError, match="stopped after step 7 of 99"), bench.stop.listening():
+        bench.run()
+    assert agreed == [1, 3, 5, 7] and bench.checkpoints.steps() == [7]
+
+
+def test_several_hosts_do_not_ask_each_other_after_short_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now, agreed = [0.0], list[int]()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+
+    def on_step(done: int) -> None:
+        now[0] += 0.01
+
+    bench = Bench(tmp_path, FakeEngine([9, 9], on_step=on_step), rhythm(99, log=50, eval=100, save=100))
+
+    def most(number: int) -> int:
+        agreed.append(bench.position.step)
+        return number
+
+    bench.stop = Stop(most)
+    bench.run()
+    assert agreed == [1, 50, 99]
+
+
 def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path: Path):
     bench = Bench(
         tmp_path, FakeEngine(on_step=lambda done: os.kill(os.getpid(), signal.SIGTERM) if done == 2 else None), rhythm(2), held_out=[]

@@ -50,7 +50,7 @@ class Heartbeat:
 def open_heartbeat() -> Heartbeat:
     """That of this process, silent if our launcher has not started it."""
     said = read_processes()
-    return Heartbeat(said.logs, said.rank)
+    return Heartbeat(said.signs, said.rank)
 
 
 _stacks: list[object] = []
@@ -60,7 +60,7 @@ _stacks: list[object] = []
 def attend() -> None:
     """What a process that our launcher has started does first: it shows its stacks on request, and ends when the launcher does."""
     said = read_processes()
-    if said.launcher is None or said.logs is None:
+    if said.launcher is None or said.logs is None or said.signs is None:
         return
     descriptor, _, inode = said.launcher.partition(":")
     pipe = int(descriptor)
@@ -74,7 +74,7 @@ def attend() -> None:
     stacks = log_file(said.logs, said.rank).open("a")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     _stacks.append(stacks)
-    alive_file(said.logs, said.rank).touch()
+    alive_file(said.signs, said.rank).touch()
     threading.Thread(target=_follow, args=(pipe,), name="launcher", daemon=True).start()
 
 
@@ -87,7 +87,7 @@ def _follow(pipe: int) -> None:
 
 def alive_file(folder: Path, rank: int) -> Path:
     """Where a process leaves signs of life: there once it has attended, empty while no beat is expected, or how many there were."""
-    return folder / f".alive-{rank:05}"
+    return folder / f"alive-{rank:05}"
 
 
 def log_file(folder: Path, rank: int) -> Path:
@@ -97,4 +97,4 @@ def log_file(folder: Path, rank: int) -> Path:
 
 def lost_file(folder: Path) -> Path:
     """Where the launcher says which process is lost, and why, when it ends the others: they may be waiting for it."""
-    return folder / ".lost"
+    return folder / "lost"

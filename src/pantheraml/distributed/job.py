@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,13 +69,15 @@ class Job:
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.codes: dict[int, int] = {}
         """Of those that have ended, in that order."""
-        self.pulses = [_Pulse(alive_file(folder, rank)) for rank in range(processes)]
+        # Of this job alone: whoever starts the same run once more, which is then refused, must not take them away.
+        self.signs = folder.resolve() / f".signs-{secrets.token_hex(4)}"
+        self.pulses = [_Pulse(alive_file(self.signs, rank)) for rank in range(processes)]
         self.before: list[int] = []  # bytes of the logs
 
     def __enter__(self) -> Job:
         reading, self._held = os.pipe()  # the processes see the other end close when this process ends, however it does
         try:
-            lost_file(self.folder).unlink(missing_ok=True)
+            self.signs.mkdir()
             port = _free_port()
             for rank in range(self.size):
                 self._start(rank, port, reading)
@@ -93,11 +97,9 @@ class Job:
             self._end()
         finally:
             os.close(self._held)
-            for path in (lost_file(self.folder), *(pulse.path for pulse in self.pulses)):
-                path.unlink(missing_ok=True)
+            shutil.rmtree(self.signs, ignore_errors=True)
 
     def _start(self, rank: int, port: int, reading: int) -> None:
-        self.pulses[rank].path.unlink(missing_ok=True)
         said = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -107,6 +109,7 @@ class Job:
             "MASTER_PORT": port,
             "PYTHONUNBUFFERED": 1,  # what one has printed before it is killed, stands in its log
             "PANTHERAML_LOGS": self.folder.resolve(),
+            "PANTHERAML_SIGNS": self.signs,
             "PANTHERAML_LAUNCHER": f"{reading}:{os.fstat(reading).st_ino}",
             "PANTHERAML_DEVICES": json.dumps(self.devices),
         }
@@ -201,16 +204,18 @@ class Job:
 
     def _hang(self, behind: list[int], hang_s: float) -> End:
         self._show_stacks(_STACKS_S)
-        self._end(f"{behind[0]} it gives no sign of life")
+        # Of those that have done as little, nobody knows which one holds up the others.
+        least = [rank for rank in behind if self.pulses[rank].beats == self.pulses[behind[0]].beats]
+        who = f"process {least[0]}" if len(least) == 1 else f"the processes {', '.join(map(str, sorted(least)))}"
+        self._end(f"{behind[0]} {'it gives' if len(least) == 1 else f'{who} give'} no sign of life")
         beats = ", ".join(f"process {rank} after {pulse.beats}" for rank, pulse in enumerate(self.pulses) if pulse.beats)
-        said = f"process {behind[0]} of {self.size} gave no sign of life for {hang_s:.0f} s"
+        said = f"{who} of {self.size} gave no sign of life for {hang_s:.0f} s"
         error = DeviceError(
             said,
             why=f"one that hangs holds up all of them; signs of life so far: {beats}",
             fix=f"see the stacks of each in {self.folder}/rank-*.log; go on from the last checkpoint with {RESUME}; if a step may take so "
             "long, raise hardware.timeout_s",
         )
-        # Of two that have done as much, nobody knows which one holds up the other.
         alone = all(pulse.beats > self.pulses[behind[0]].beats for rank, pulse in enumerate(self.pulses) if rank != behind[0])
         return End(error=error, said=said, again=True, rank=behind[0] if alone else None)
 
@@ -232,7 +237,7 @@ class Job:
         if len(self._look()) < len(self.ranks):
             if lost:
                 with suppress(OSError):  # a full disk; then they are ended by force
-                    lost_file(self.folder).write_text(lost, "utf-8")
+                    lost_file(self.signs).write_text(lost, "utf-8")
             self._signal(signal.SIGTERM)
             self._wait(GRACE_S)
         for rank, process in enumerate(self.ranks):

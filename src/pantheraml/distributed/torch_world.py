@@ -291,7 +291,7 @@ def _of_environment(said: Processes, device: Device, gave_up: GaveUp, patience_s
     store = _part_of(_stores[0], f"pantheraml/{attempt}/{said.world_size}/{next(_joins)}")
     keeps_store = said.rank == 0 and not said.agent_store
     words = _part_of(store, "words")
-    lost = lost_file(said.logs) if said.logs else None
+    lost = lost_file(said.signs) if said.signs else None
     world = TorchWorld(
         words, said.rank, said.world_size, gave_up, timeout_s=patience_s, keeps_store=keeps_store, owns_group=True, lost=lost
     )

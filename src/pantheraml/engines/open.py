@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
+from pantheraml.distributed.torch_world import TorchWorld
 from pantheraml.distributed.world import World
 from pantheraml.engines.engine import Engine
 from pantheraml.engines.graphs import Graphs
@@ -44,11 +45,13 @@ def open_engine(
     return XlaEngine(open_mesh(plan.mesh, simulate=plan.device.simulated, cache=read_settings().cache), recovery, allowed)
 
 
-def open_parallel(backend: Backend, plan: Plan, world: World, timeout_s: float) -> Parallel | None:
-    """This process's place among those that train by torch; None: it does so alone. timeout_s: how long they wait for each other."""
+def open_parallel(backend: Backend, plan: Plan, world: World) -> Parallel | None:
+    """This process's place among those that train by torch; None: it does so alone."""
     if world.size == 1 or backend.engine != "torch":
         return None
-    return Parallel(plan.mesh, backend.torch_device(plan.device.index), timeout_s)
+    assert isinstance(world, TorchWorld)
+    # Everywhere as long as the world waits: our launcher must see first that one hangs, while the others still stand where they wait.
+    return Parallel(plan.mesh, backend.torch_device(plan.device.index), world.timeout_s)
 
 
 def loading_device(backend: Backend, index: int, *, divided: bool = False) -> torch.device:

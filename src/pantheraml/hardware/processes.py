@@ -20,7 +20,8 @@ class Processes(BaseSettings):
         agent_store: that store is torchrun's. attempt: how often torchrun has started all of them again; its store still holds what was
             written before.
         devices: the index of the device of each process of this machine, where our launcher has counted them.
-        logs: folder in which our launcher looks for signs of life; None: somebody else started this process.
+        logs: folder for what this process prints, and its stacks; None: somebody else than our launcher started it.
+        signs: folder in which our launcher looks for signs of life, and says who is lost; no other launcher uses it.
         launcher: the launcher's end of a pipe, as "file descriptor:inode"; it closes with the launcher.
     """
 
@@ -36,6 +37,7 @@ class Processes(BaseSettings):
     attempt: int = Field(default=0, ge=0, validation_alias="TORCHELASTIC_RESTART_COUNT")
     devices: tuple[int, ...] = Field(default=(), validation_alias="PANTHERAML_DEVICES")
     logs: Path | None = Field(default=None, validation_alias="PANTHERAML_LOGS")
+    signs: Path | None = Field(default=None, validation_alias="PANTHERAML_SIGNS")
     launcher: str | None = Field(default=None, validation_alias="PANTHERAML_LAUNCHER")
 
     @property

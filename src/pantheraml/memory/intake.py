@@ -123,9 +123,9 @@ class Intake:
         ids = [next(numbers) if id is None else id for id in ids]
         owners = self._owners(items, ids, set(old))
         own = [i for i, owner in enumerate(owners) if owner == ids[i] and items[i].exact]
-        near = self._near([items[i] for i in own], set(old))
+        taken = _bands_of([items[i] for i in own])
+        near = self._near([items[i] for i in own], taken, set(old))
         rows = self._rows(items, ids, owners, own, near)
-        taken = _bands_of([item for i, item in enumerate(items) if i in set(own)])
         warm.replace([row for row in rows if row.id in old])
         warm.insert([row for row in rows if row.id not in old])
         banded = [ids[i] for i, each in zip(own, taken, strict=True) if each is not None]
@@ -152,10 +152,10 @@ class Intake:
             owners.append(known if known is not None and known not in old else first.setdefault(item.hash, id))
         return owners
 
-    def _near(self, items: list[Item], old: set[int]) -> list[Near | None]:
-        """For each record the one most like it that is stored, stays, and stands for itself."""
+    def _near(self, items: list[Item], taken: list[np.ndarray | None], old: set[int]) -> list[Near | None]:
+        """For each record the one most like it, by the bands of each, that is stored, stays, and stands for itself."""
         warm, found = self._parts.warm, list[Near | None]([None] * len(items))
-        wanted = [(i, each) for i, each in enumerate(_bands_of(items)) if each is not None]
+        wanted = [(i, each) for i, each in enumerate(taken) if each is not None]
         if not wanted:
             return found
         candidates = warm.near(np.stack([each for _, each in wanted]), most=4)

@@ -196,6 +196,13 @@ def _processes(ask: HardwareAsk, device: Device, inventory: Inventory, collectiv
             )
         return processes, _started(processes)
     asked = wanted
+    if ask.min_devices is not None and ask.min_devices > asked and (shared or ask.devices == "auto"):
+        what = "are one of a CPU" if shared and ask.devices == "all" else f"come to {asked}"
+        raise RecipeError(
+            f"hardware.min_devices={ask.min_devices}, but hardware.devices={ask.devices} {what}",
+            why="it says with how few a run may go on, not how many there shall be, unless somebody else starts the processes",
+            fix=f"set hardware.devices to {ask.min_devices} or more",
+        )
     if ask.min_devices is not None and not shared:
         wanted = max(ask.min_devices, min(asked, there))
     if wanted > there and not shared:

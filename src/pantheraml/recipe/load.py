@@ -350,8 +350,8 @@ def _explain_values(asked: _Asked, error: ValidationError) -> None:
 
 
 def _explain_rule(asked: _Asked, rule: str) -> None:
-    """A rule between keys of several sections. Its sentence names them."""
-    named = [word.strip(",.") for word in rule.split() if word.strip(",.") in keys()]
+    """A rule between keys. Its sentence names them, with their values or without."""
+    named = [name for word in rule.split() if (name := word.partition("=")[0].strip(",.")) in keys()]
     asked.mistake(
         next((asked.place(name) for name in named if name in asked.places), Place(asked.source)),
         rule,

@@ -23,6 +23,8 @@ from pantheraml.recipe.types import OptimSpec, Recipe
 from pantheraml.trainer.watch import StepRecord, Watch
 
 PREEMPTED, INTERRUPTED = 75, 130
+_HEARD_WITHIN_MS = 5000
+"""So long several processes take steps, at most, without asking each other whether one was told to stop."""
 USUAL_COUNT = 10  # evaluations and checkpoints of a run where the recipe says auto
 
 
@@ -80,12 +82,24 @@ class Stop:
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signal: int | None = None
         self._agree = agree
+        self._last: int | None = None
+        self._next, self._since = 0, time.monotonic()
 
-    def asked(self, *, boundary: bool) -> int | None:
-        """The signal; of several hosts all take it at the same boundary."""
+    def due(self, step: int) -> bool:
+        """Whether several hosts ask each other after this step, though nothing else is: their steps are long. They agree on that, too."""
+        return self._agree is not None and step >= self._next
+
+    def asked(self, step: int, *, boundary: bool) -> int | None:
+        """The signal; of several hosts all take it after the same step. boundary: of something else that all do then."""
         if self._agree is None:
             return self.signal
-        return self._agree(self.signal or 0) or None if boundary else None
+        if not boundary and not self.due(step):
+            return None
+        now, steps = time.monotonic(), 1 if self._last is None else max(1, step - self._last)
+        each_ms = min(int(1000 * (now - self._since) / steps), 2**32 - 1)
+        number, most_ms = divmod(self._agree((self.signal or 0) << 32 | each_ms), 2**32)  # the largest of both, while there is no signal
+        self._last, self._next, self._since = step, step + max(1, _HEARD_WITHIN_MS // max(1, most_ms)), now
+        return number or None
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -233,7 +247,10 @@ def run(
         last = done == rhythm.total
         eval_due = bool(held_out) and (last or _due(done, rhythm.eval))
         save_due = last or _due(done, rhythm.save) or recovered()
-        asked = stop.asked(boundary=eval_due or save_due or _due(done, rhythm.log))
+        boundary = eval_due or save_due or _due(done, rhythm.log)
+        if not boundary and stop.due(done):
+            engine.read([pending[-1][0]])  # a device may be steps behind what it was told to do
+        asked = stop.asked(done, boundary=boundary)
         save_due = save_due or asked is not None
         if eval_due or save_due or _due(done, rhythm.log):
             flush()

@@ -145,7 +145,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
         held = [example.tokens.tobytes() for example in data.held_out]
         check_same(world, repr((source.fingerprint, held, data.questions)), "has read other rows")
         check_same(world, identity(model), "has loaded other weights")
-    parallel = open_parallel(backend, plan, world, recipe.hardware.timeout_s)
+    parallel = open_parallel(backend, plan, world)
     decoder = decoder_of(model, plan, recipe, backend, parallel)
     own_layout = layout_of(plan, tokenizer, trim=not backend.static_shapes, rows=decoder is None)
     layout = shared(own_layout, parallel)
@@ -245,7 +245,7 @@ def _fit(view: Survey, model: Any, backend: Backend, folder: Path, kept: Path, c
         final = engine.evaluate(held_out) if held_out else None
     notes += recovery.said
     samples = with_answers(stored, answers(engine, tokenizer, asked, recipe.eval.max_new_tokens), after=True)
-    if (asked_to := stop.asked(boundary=True)) is not None:
+    if (asked_to := stop.asked(position.step, boundary=True)) is not None:
         raise loop.stopped(asked_to, position.step, source.total_steps, kept)
 
     engine.hand_back()
