@@ -138,8 +138,8 @@ def test_memory_without_a_model(tmp_path):
 @pytest.mark.slow
 def test_memory(tmp_path):
     result, said = run("memory.py", "--quick", "--minutes", "0.05", "--device", "cpu", cwd=tmp_path)
-    assert result["ok"] is True and list(result["codecs"]) == [*CODECS, "store, neural"]
-    assert list(result["bars"]) == ["smaller", "put_many"] and "bar 1.3" in said
+    assert result["ok"] is True and list(result["codecs"]) == [*CODECS, "store, neural", "neural, bare"]
+    assert list(result["bars"]) == ["smaller", "smaller in containers", "put_many"] and "bar 1.3" in said
     everything = {codec: each["all"]["bytes"] for codec, each in result["codecs"].items()}
     # The store takes the smaller one of both, whatever the model has learned.
     assert everything["store, neural"] <= everything["store, zstd-19"]

@@ -18,13 +18,15 @@ from tests.memory.models import CPU, contents, float_model, model_file, tokens
 from tests.memory.slow_network import SlowNetwork
 
 from pantheraml.errors import DeviceError, PantheraError, RecipeError, StorageError
+from pantheraml.kernels import native
 from pantheraml.memory.calibrate import calibrate, float_logits
 from pantheraml.memory.integer_model import IntegerModel, Linear
-from pantheraml.memory.integer_network import Products
+from pantheraml.memory.integer_network import Way
 from pantheraml.memory.integer_predictor import IntegerPredictor
 from pantheraml.memory.predictor import as_inputs, windows
 
 FAMILIES = [("llama", True), ("llama", False), ("mistral", True), ("qwen2", False)]
+NATIVE: list[Way] = ["native"] if native.compiler() else []
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,8 +39,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def predictor(data: bytes | None = None, products: Products | None = None) -> IntegerPredictor:
-    return IntegerPredictor(data or model_file(), CPU, products=products)
+def predictor(data: bytes | None = None, way: Way | None = None) -> IntegerPredictor:
+    return IntegerPredictor(data or model_file(), CPU, way=way)
 
 
 def step_by_step(made: IntegerPredictor, texts: list[np.ndarray]) -> list[np.ndarray]:
@@ -99,7 +101,7 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_ways_to_multiply_change_nothing(family, tied):
     texts = contents(6, 40, seed=5)
-    ways: list[Products] = ["int8", "float32", "float64"]
+    ways: list[Way] = ["int8", "float32", "float64", *NATIVE]
     made = [predictor(model_file(family, tied), each) for each in ways]
     for other in made[1:]:
         check_equal(made[0].intervals(texts), other.intervals(texts))
@@ -153,6 +155,9 @@ def test_no_sum_leaves_32_bits_whatever_the_weights():
     exact = predictor(data, "float64").intervals(texts)
     check_equal(exact, predictor(data, "int8").intervals(texts))
     check_equal(exact, predictor(data, "float32").intervals(texts))
+    for way in NATIVE:
+        check_equal(exact, predictor(data, way).intervals(texts))
+        check_equal(exact, step_by_step(predictor(data, way), texts))
     slow = SlowNetwork(data)
     rows = slow.frequencies(as_inputs(texts[0], 1)[:12].tolist())
     assert [sum(row) for row in rows] == exact[0][2, :12].tolist()
@@ -163,7 +168,7 @@ def test_every_token_is_possible_and_frequencies_fit():
     made = predictor()
     state = made.begin(3)
     for tokens_of_rows in contents(12, 3, fewest=3):
-        ends = state._ends.numpy()
+        ends = np.asarray(state._ends)
         assert (np.diff(ends, prepend=0) >= 1).all()
         assert (ends[:, -1] == state.totals).all()
         assert (state.totals < 1 << 31).all()
@@ -223,6 +228,23 @@ def test_what_cannot_be_converted_is_refused_with_a_reason():
     with pytest.raises(RecipeError) as error:
         calibrate(float_model("llama", head_dim=256), tokens(), contents(1, 5))
     assert "256" in error.value.why
+
+
+def test_torch_computes_where_the_kernel_is_missing_or_wrong(monkeypatch):
+    texts = contents(3, 30, seed=10)
+    expected = predictor(way="float64").intervals(texts)
+    with monkeypatch.context() as changed:
+        changed.setattr(
+            "pantheraml.memory.integer_native.NativeNetwork.intervals", lambda self, tokens, targets: np.zeros((3, *targets.shape))
+        )
+        made = predictor()
+        assert made._native is None
+        check_equal(expected, made.intervals(texts))
+    monkeypatch.setattr("pantheraml.kernels.native.opened", lambda: None)
+    check_equal(expected, predictor().intervals(texts))
+    with pytest.raises(DeviceError, match="no kernel for models") as error:
+        predictor(way="native")
+    assert "torch" in error.value.fix
 
 
 def test_a_device_that_does_not_add_right_is_refused(monkeypatch):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import blake3
 
-_SOURCES = ("rows_cpu.cpp", "attention_cpu.cpp", "low_rank_cpu.cpp")
+_SOURCES = ("rows_cpu.cpp", "attention_cpu.cpp", "low_rank_cpu.cpp", "integer_cpu.cpp")
 _HEADERS = ("vector_cpu.h", "product_cpu.h")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")

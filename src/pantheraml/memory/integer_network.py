@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Products = Literal["int8", "float32", "float64"]
+Way = Literal["native", "int8", "float32", "float64"]
+"""How a predictor computes: by the kernel for processors, or by torch."""
 HIDDEN = -float(1 << 23)
 """Added to the score of a token that must not be seen: beyond all others, and still exact."""
 _FURTHEST = 1 << 22

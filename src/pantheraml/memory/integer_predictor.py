@@ -16,10 +16,12 @@ import numpy as np
 from pantheraml.errors import DeviceError
 from pantheraml.hardware.backend import Backend, backend_of
 from pantheraml.hardware.device import Device
+from pantheraml.kernels.native import why_not
 from pantheraml.memory.container import NEURAL
 from pantheraml.memory.integer_model import IntegerModel
-from pantheraml.memory.integer_network import HIDDEN, Network, Products
-from pantheraml.memory.predictor import as_inputs, windows
+from pantheraml.memory.integer_native import NativeState, open_native
+from pantheraml.memory.integer_network import HIDDEN, Network, Products, Way
+from pantheraml.memory.predictor import State, as_inputs, windows
 from pantheraml.memory.record import Origin
 from pantheraml.memory.shared import ID_BYTES
 from pantheraml.memory.tokens import Tokens
@@ -41,14 +43,14 @@ class IntegerPredictor:
 
     Args:
         data: a model's file (.nbm). device: of any kind that was found.
-        products: how sums of products are computed, see integer_network.py; None: the fastest that is exact here.
+        way: how it computes, see integer_network.py; None: the fastest that is exact here.
         memory_bytes: that a batch may take; None: a fourth of what is free on the device.
     Raises: StorageError if the file is damaged; DeviceError if no way to compute products is exact on the device.
     """
 
     number = NEURAL
 
-    def __init__(self, data: bytes, device: Device, *, products: Products | None = None, memory_bytes: int | None = None) -> None:
+    def __init__(self, data: bytes, device: Device, *, way: Way | None = None, memory_bytes: int | None = None) -> None:
         import torch
 
         self.model = IntegerModel.from_bytes(data)
@@ -58,7 +60,8 @@ class IntegerPredictor:
         self._compiled = backend.engine == "xla"
         here = torch.empty(0).device if self._compiled else backend.torch_device(device.index)
         self._call = _compiled(device) if self._compiled else _on(here)
-        wanted = (products,) if products else _ways(backend)
+        native = in_host_memory(device.kind) and not self._compiled and way in (None, "native")
+        wanted = (way,) if way and way != "native" else _ways(backend)
         network = next((each for way in wanted if (each := self._exact(here, way))), None)
         if network is None:
             raise DeviceError(
@@ -67,6 +70,13 @@ class IntegerPredictor:
                 fix="use another device: the cpu always can",
             )
         self._network = network
+        self._native = open_native(self.model, self._read) if native else None
+        if way == "native" and self._native is None:
+            raise DeviceError(
+                f"{device} has no kernel for models in whole numbers",
+                why=why_not() or "it came to other numbers than torch",
+                fix="leave the way open: torch computes the same, only slower",
+            )
         shape = self.model.shape
         free = backend.memory(device.index).free_bytes if memory_bytes is None else memory_bytes * _MEMORY_SHARE
         room = (free or 1 << 30) // _MEMORY_SHARE
@@ -88,7 +98,7 @@ class IntegerPredictor:
 
     def origin(self, batch: int) -> Origin:
         """The device, and how products are computed there."""
-        return Origin(kind=self.device.kind, name=self.device.label, dtype=self._network.products, batch=batch)
+        return Origin(kind=self.device.kind, name=self.device.label, dtype="int8" if self._native else self._network.products, batch=batch)
 
     def intervals(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Predictor.intervals`: all tokens of a window at once, windows of about the same length together."""
@@ -105,14 +115,20 @@ class IntegerPredictor:
                 content = contents[each.content]
                 tokens[row, : each.stop - each.start] = as_inputs(content, self.tokens.begin)[each.start : each.stop]
                 targets[row, : each.stop - each.start - skip] = content[each.start + skip : each.stop]
-            net = self._network
-            said = self._call(net.intervals, net.tensors, _tensor(tokens), _tensor(targets), net.hidden(length, 0)).cpu().numpy()
+            said = self._native.intervals(tokens, targets) if self._native else self._read(tokens, targets)
             for row, each in enumerate(batch):
                 found[each.content][:, each.start + skip : each.stop] = said[:, row, : each.stop - each.start - skip]
         return found
 
-    def begin(self, rows: int) -> IntegerState:
+    def _read(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """`Network.intervals`, from the host and back to it."""
+        net = self._network
+        return self._call(net.intervals, net.tensors, _tensor(tokens), _tensor(targets), net.hidden(tokens.shape[1], 0)).cpu().numpy()
+
+    def begin(self, rows: int) -> State:
         """See `Predictor.begin`."""
+        if self._native:
+            return NativeState(self._native, rows)
         return IntegerState(self._network, self._call, rows, static=self._compiled)
 
     def _batches(self, cuts: list[_Window]) -> Iterator[list[_Window]]:

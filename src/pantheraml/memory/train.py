@@ -3,27 +3,23 @@
 train_model
   tokenizer          byte-level BPE of the training texts
   weights            a llama of a size that suits the texts, random
-  trainer.run.train  all weights, on whatever device the recipe finds
+  Stages             trainer.run.train, several times, until the time is over
   calibrate          the same model in whole numbers
   measured           bits a byte on documents that were held out, of both
 """
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
-from math import ceil, log
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pantheraml.data.prepare import IN_MEMORY
 from pantheraml.errors import DataError
 from pantheraml.hardware.device import Device
 from pantheraml.hardware.find import find
@@ -32,6 +28,7 @@ from pantheraml.memory.integer_model import SUFFIX
 from pantheraml.memory.integer_predictor import IntegerPredictor
 from pantheraml.memory.predictor import as_inputs, windows
 from pantheraml.memory.shared import Shared
+from pantheraml.memory.stages import Stages, Texts
 from pantheraml.memory.tokens import END, Tokens, train_tokenizer
 from pantheraml.recipe.types import HardwareAsk, ModelSpec
 from pantheraml.trainer.folder import MODEL
@@ -39,7 +36,6 @@ from pantheraml.trainer.folder import MODEL
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pantheraml.trainer.runs import Run
 
 LEAST_BYTES = 20_000
 """Of texts. Less than that teaches nothing that a dictionary of zstd does not hold."""
@@ -47,13 +43,8 @@ HELD_OUT = 0.05
 """Share of the documents that are measured on."""
 MOST_MEASURED, MOST_CALIBRATED = 100, 48
 """Texts."""
-BATCH = 6
-"""Texts in a step. A few thousand tokens: for as many tokens, more steps taught more than larger ones."""
-OPTIMIZER: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1, "beta2": 0.95}
-MOST_EPOCHS = 12
-LEAST_SHARE, MOST_COPIES = 0.1, 4
-"""Texts of a kind that is rarer than that are seen more often, at most so many times in an epoch."""
-PILOT_STEPS = 12
+TOKEN_CHARACTERS = 3
+"""About. Longer texts are learned in pieces that the model sees as a whole."""
 BASE = "base"
 _log = getLogger(__name__)
 
@@ -148,6 +139,8 @@ def train_model(
         announce: hears what is done. console: shows the progress of the training; None: nobody sees it.
     Raises: DataError if there is too little text; as `trainer.run.train`.
     """
+    import torch
+
     names = [str(i) for i in range(len(texts))] if documents is None else documents
     learned, held = _split(names, seed)
     total_bytes = sum(len(texts[i].encode("utf-8", "replace")) for i in learned)
@@ -159,84 +152,47 @@ def train_model(
         )
     size = size or Size.for_texts(total_bytes)
     clean = [text.encode("utf-8", "replace").decode() for text in texts]
-    rows = [{"text": clean[i]} for i in _balanced(learned, clean, kinds) if clean[i].strip()]
-    random.Random(seed).shuffle(rows)
+    pieces = [(piece, kinds[i] if kinds else "") for i in learned for piece in _pieces(clean[i], TOKEN_CHARACTERS * size.context)]
     announce(f"{len(learned)} texts ({total_bytes:,} bytes) teach a model, {len(held)} of other documents measure it")
     calibrated, measured_on = (
         random.Random(seed).sample(each, min(most, len(each))) for each, most in ((learned, MOST_CALIBRATED), (held, MOST_MEASURED))
     )
-    parameters = _make_base(folder / BASE, [clean[i] for i in learned], size, seed)
-    plan = _Plan(folder, rows, [{"text": clean[i]} for i in measured_on], size, hardware or HardwareAsk(), seed, console)
-    if steps is None:
-        steps = plan.steps_in(minutes)
-    announce(f"{parameters:,} parameters learn for {steps} steps")
-    run = plan.train("run", steps)
-    model, tokens = _read(run.folder / MODEL, size)
-    device = find(hardware, training=False).device
-    data, measured = _in_whole_numbers(model, tokens, [clean[i] for i in calibrated], [clean[i] for i in measured_on], device)
-    measured = replace(measured, documents=len({names[i] for i in measured_on}))
+    before = torch.get_num_threads()  # a run of the trainer sets the number for the process
+    try:
+        parameters = _make_base(folder / BASE, [clean[i] for i in learned], size, seed)
+        announce(f"{parameters:,} parameters learn")
+        stages = Stages(
+            folder,
+            folder / BASE,
+            Texts([piece for piece, _ in pieces], [kind for _, kind in pieces], seed),
+            count=len(pieces),
+            context=size.context,
+            hardware=hardware or HardwareAsk(),
+            seed=seed,
+            console=console,
+            announce=announce,
+        )
+        taught = stages.for_minutes(minutes) if steps is None else stages.for_steps(steps)
+        model, tokens = _read(taught.folder / MODEL, size)
+        device = find(hardware, training=False).device
+        data, measured = _in_whole_numbers(model, tokens, [clean[i] for i in calibrated], [clean[i] for i in measured_on], device)
+        measured = replace(measured, documents=len({names[i] for i in measured_on}))
+    finally:
+        torch.set_num_threads(before)
     announce(
         f"{measured.bits:.3f} bits a byte of texts that it has not seen ({measured.float_bits:.3f} in floats); it takes {len(data):,} bytes"
     )
-    report = run.report or {}
     return Trained(
         id=shared.put(data, SUFFIX),
-        folder=run.folder / MODEL,
+        folder=taught.folder / MODEL,
         size=size,
         parameters=parameters,
         file_bytes=len(data),
-        steps=steps,
-        tokens=report["train"]["tokens"],
-        train_s=report["train"]["train_s"],
+        steps=taught.steps,
+        tokens=taught.tokens,
+        train_s=taught.train_s,
         measured=measured,
     )
-
-
-class _Plan:
-    """A recipe but for its length, and the rows for it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        rows: list[dict[str, Any]],
-        held_out: list[dict[str, Any]],
-        size: Size,
-        hardware: HardwareAsk,
-        seed: int,
-        console: Console | None,
-    ) -> None:
-        from rich.console import Console
-
-        self._folder, self._rows, self._held_out = folder, rows, held_out
-        self._console = console or Console(quiet=True)
-        self._said: dict[str, Any] = {
-            "model": {"name": str(folder / BASE), "max_tokens": size.context},
-            "data": {"train": [IN_MEMORY], "format": "text", "too_long": "split"},
-            "adapter": {"kind": "full"},
-            "batch": {"size": BATCH},
-            "eval": {"generate_rows": 0},
-            "hardware": hardware.model_dump(exclude_unset=True),
-        }
-        self._seed = seed
-
-    def train(self, name: str, steps: int, *, measured: bool = True) -> Run:
-        """A run of so many steps."""
-        from pantheraml.recipe.load import recipe_from
-        from pantheraml.trainer.run import train
-
-        run = {"folder": str(self._folder), "name": name, "seed": self._seed, "save_every": "end", "log_every": 10 if measured else 2}
-        recipe = recipe_from(self._said | {"optim": {"steps": steps, **OPTIMIZER}, "run": run})
-        held_out = self._held_out if measured else self._held_out[:1]
-        return train(recipe, rows=self._rows, held_out=held_out, console=self._console)
-
-    def steps_in(self, minutes: float) -> int:
-        """As many as the time allows at the speed of a few, and no more than `MOST_EPOCHS`."""
-        run = self.train("pilot", PILOT_STEPS, measured=False)
-        speeds = [line for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines() if "tokens_per_s" in line]
-        last = json.loads(speeds[-1])
-        shutil.rmtree(run.folder)
-        in_time = int(minutes * 60 * last["tokens_per_s"] / last["tokens"])
-        return max(PILOT_STEPS, min(in_time, ceil(MOST_EPOCHS * len(self._rows) / BATCH)))
 
 
 def _split(names: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
@@ -247,16 +203,9 @@ def _split(names: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
     return [i for i, name in enumerate(names) if name not in held], [i for i, name in enumerate(names) if name in held]
 
 
-def _balanced(places: Sequence[int], texts: Sequence[str], kinds: Sequence[str] | None) -> list[int]:
-    """The places, those of rare kinds several times."""
-    if kinds is None:
-        return list(places)
-    sizes = Counter[str]()
-    for i in places:
-        sizes[kinds[i]] += len(texts[i])
-    wanted = LEAST_SHARE * sum(sizes.values())
-    copies = {kind: max(1, min(MOST_COPIES, ceil(wanted / max(1, size)))) for kind, size in sizes.items()}
-    return [i for i in places for _ in range(copies[kinds[i]])]
+def _pieces(text: str, most: int) -> list[str]:
+    """The text in parts of so many characters, without those that are white space alone."""
+    return [piece for at in range(0, len(text), most) if (piece := text[at : at + most]).strip()]
 
 
 def _make_base(folder: Path, texts: Sequence[str], size: Size, seed: int) -> int:
