@@ -187,13 +187,10 @@ def _processes(ask: HardwareAsk, device: Device, inventory: Inventory, collectiv
         most, least = ask.devices if isinstance(ask.devices, int) else processes, ask.least_devices
         if not (least or most) <= processes <= most:
             few = least is not None and processes < least
-            raise RecipeError(
-                f"{f'hardware.min_devices={least}' if few else f'hardware.devices={most}'}, but {_started(processes)}",
-                why="each process has one device, and whoever starts them says how many",
-                fix=f"start {least} or more, or set hardware.min_devices to {processes}"
-                if few
-                else f"start {most}, or leave hardware.devices out",
-            )
+            said = f"hardware.min_devices={least}" if few else f"hardware.devices={most}"
+            fix = f"{least} or more, or set hardware.min_devices to {processes}" if few else f"{most}, or leave hardware.devices out"
+            why = "each process has one device, and whoever starts them says how many"
+            raise RecipeError(f"{said}, but {_started(processes)}", why=why, fix=f"start {fix}")
         return processes, _started(processes)
     asked = wanted
     if ask.min_devices is not None and ask.min_devices > asked and (shared or ask.devices == "auto"):
@@ -219,11 +216,9 @@ def _processes(ask: HardwareAsk, device: Device, inventory: Inventory, collectiv
         )
     if wanted == 1 and ask.devices == "auto":
         if ask.parallel != "auto":
-            raise RecipeError(
-                f"hardware.parallel={ask.parallel} is for several devices, and one is asked for",
-                why=f"hardware.devices=auto is one of kind {kind}, unless several processes were started",
-                fix="set hardware.devices to all, or to how many",
-            )
+            what = f"hardware.parallel={ask.parallel} is for several devices, and one is asked for"
+            why = f"hardware.devices=auto is one of kind {kind}, unless several processes were started"
+            raise RecipeError(what, why=why, fix="set hardware.devices to all, or to how many")
         more = there > 1 and collective is not None
         return 1, f"nothing else is asked for; hardware.devices=all takes all {there}" if more else f"there is one of kind {kind}"
     if ask.devices == "all":
