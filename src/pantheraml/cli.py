@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pantheraml.cli_council import council_app
 from pantheraml.cli_memory import memory_app
+from pantheraml.cli_serve import serve_app
 from pantheraml.errors import PantheraError, RecipeError
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ recipe_app = typer.Typer(no_args_is_help=True, help="What a recipe can say: expl
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(memory_app, name="memory")
+app.add_typer(council_app, name="council")
+app.add_typer(serve_app)  # one verb, no group
 
 Words = Annotated[
     list[str], typer.Argument(metavar="MODEL DATA | RECIPE.yaml [KEY=VALUE]...", help="What to train on what, and what to change.")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import socket
+import subprocess
 import sys
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from pantheraml import cli
 from pantheraml.data.load import Row, detect_format, normalize
@@ -60,11 +65,23 @@ def test_every_block_of_the_page_works(page, folder, monkeypatch, capsys):
 
 
 def check_page(page, monkeypatch, capsys):
+    with ExitStack() as until_the_end:
+        check_blocks(page, monkeypatch, capsys, until_the_end)
+
+
+def check_blocks(page, monkeypatch, capsys, until_the_end: ExitStack) -> None:
+    port = free_port()  # in place of the usual one, where somebody else may listen
     for language, text in BLOCK.findall(page.read_text("utf-8")):
+        text = text.replace(":8000", f":{port}")
         match language:
             case "sh":
                 for line in text.splitlines():
-                    if line.startswith("sh scripts/"):  # run by .ci/run
+                    if line.endswith(" &"):
+                        until_the_end.callback(end, start(line.removesuffix(" &"), port))
+                    elif line.startswith("curl "):
+                        if shutil.which("curl"):
+                            subprocess.run([*shlex.split(line), "--fail"], check=True, timeout=60, stdout=subprocess.DEVNULL)
+                    elif line.startswith("sh scripts/"):  # run by .ci/run
                         name = line.split()[1]
                         assert (ROOT / name).is_file() and name.removeprefix("scripts/") in (ROOT / ".ci" / "run").read_text()
                     else:
@@ -97,6 +114,32 @@ def check_page(page, monkeypatch, capsys):
                 pytest.fail(f"{page.name}: a block of {language or 'nothing'} is run by nobody")
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+def start(command: str, port: int) -> subprocess.Popen[str]:
+    """A service in the background, once it listens."""
+    words = [sys.executable, "-m", *shlex.split(command), "--port", str(port)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("listening on "):
+            return process
+    process.wait()
+    raise AssertionError("".join(said))
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """It ends when it is told, without an error."""
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 def check_command(line: str, monkeypatch, capsys) -> None:
     """As far as it can be tried here: what is installed is there to be installed, and what is trained can be planned."""
     words = shlex.split(line)
@@ -112,6 +155,8 @@ def check_command(line: str, monkeypatch, capsys) -> None:
             given = [word for word in words[2:] if not word.startswith("--")]
             code, said = run(shlex.join(["pantheraml", "plan", *given, "hardware.simulate_tpu=true"]), monkeypatch, capsys)
             assert code == 0, f"{line}\n{said}"
+        case "pantheraml" if words[1] == "serve":  # it would not end, and the runs are not here
+            typer.main.get_command(cli.app).commands["serve"].make_context("serve", words[2:])  # pyright: ignore[reportAttributeAccessIssue]
         case _:
             code, said = run(line, monkeypatch, capsys)
             assert code == 0, f"{line}\n{said}"

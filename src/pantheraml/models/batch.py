@@ -104,6 +104,11 @@ class Batcher:
         with self._changed:
             return len(self._going), len(self._waiting)
 
+    @property
+    def at_work(self) -> bool:
+        """Whether its thread takes requests: between `start` and `close`, unless something ended it that was not the device's doing."""
+        return self._thread is not None and self._closing is None
+
     def forget(self) -> None:
         """Prompts that were answered are no longer shared, while nothing is in work: for a measurement, or weights that have changed."""
         with self._changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pantheraml.errors import DeviceError
@@ -23,6 +23,8 @@ class Handle:
         self.cancelled = False
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._done = threading.Event()
+        self._changing = threading.Lock()
+        self._when_done: list[Callable[[], None]] = []
         self._answer: Answer | None = None
         self._error: BaseException | None = None
 
@@ -49,6 +51,16 @@ class Handle:
         """Whether there is an answer, or an error."""
         return self._done.is_set()
 
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Call it once there is an answer or an error: now if there is one, otherwise later from the thread that computes, which waits
+        for it. It must not raise.
+        """
+        with self._changing:
+            if not self.done:
+                self._when_done.append(call)
+                return
+        call()
+
     def give(self, piece: str) -> None:
         """More text, from the thread that computes."""
         if piece:
@@ -57,8 +69,11 @@ class Handle:
     def finish(self, answer: Answer | None, error: BaseException | None = None) -> None:
         """The end of it, from the thread that computes."""
         self._answer, self._error = answer, error
-        self._done.set()
+        with self._changing:
+            self._done.set()
         self._pieces.put(None)
+        for call in self._when_done:
+            call()
 
 
 @dataclass(frozen=True, slots=True)
