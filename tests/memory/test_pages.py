@@ -176,7 +176,7 @@ def test_what_a_checkpoint_has_begun_with_must_be_there(tmp_path):
     assert frames is not None
     salts = read_header(log.read_bytes()).salts  # type: ignore[union-attr]
     flip(log, HEADER + (taken - 1) * FRAME + 50)
-    assert examine(log)[2] == []  # may never have been finished
+    assert [each.harmless for each in examine(log)[2]] == [True]  # may never have been finished
     assert [each.where.split(" (")[0] for each in examine(log, (*salts, taken))[2]] == [f"frame {taken}"]
     assert examine(log, (salts[0], salts[1] ^ 1, taken))[2] == []  # of another log
     log.write_bytes(log.read_bytes()[: HEADER + 4 * FRAME])

@@ -230,7 +230,7 @@ def examine(path: Path, covered: tuple[int, int, int] = (0, 0, 0)) -> tuple[Fram
 
 def _damaged(name: str, header: Header, frames: Frames, taken: int, covered: tuple[int, int, int]) -> Iterator[Problem]:
     certain = covered[2] if covered[:2] == header.salts else 0
-    of_this_log = np.flatnonzero(frames.sound & frames.related)
+    of_this_log = np.flatnonzero(frames.related)
     end = max(certain, int(of_this_log[-1]) + 1 if len(of_this_log) else 0)
     for k in np.flatnonzero(~((frames.holds | frames.mended) & frames.salted)[:end]).tolist():
         what = "does not match its checksum" if not frames.sound[k] else "has a damaged checksum or salt"
