@@ -42,7 +42,7 @@ def all_read_back(cold, known) -> bool:
     return all(cold.read(place, id) == container for place, (id, container) in known.items())
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(0, 2**63 - 1), st.binary(max_size=300)), max_size=8), max_size=5))
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=300)), max_size=8), max_size=5))
 @settings(max_examples=50, deadline=None)
 def test_entries_read_back_here_and_in_another_process(tmp_path_factory, batches):
     folder = tmp_path_factory.mktemp("cold")

@@ -45,14 +45,14 @@ def pack(payload: Payload) -> bytes:
     if fault := _fault(payload):
         raise ValueError(fault)
     head = bytes((VERSION, payload.codec, payload.form | len(payload.model) << 2))
-    body = b"".join((MAGIC, head, payload.model, _varint(payload.raw_size), _varint(len(payload.data)), payload.data))
+    body = b"".join((MAGIC, head, payload.model, varint(payload.raw_size), varint(len(payload.data)), payload.data))
     return body + _checksum(body)
 
 
 def packed_size(payload: Payload) -> int:
     """Bytes of `pack(payload)`."""
     data = len(payload.data)
-    return len(MAGIC) + 3 + len(payload.model) + len(_varint(payload.raw_size)) + len(_varint(data)) + data + CHECKSUM_BYTES
+    return len(MAGIC) + 3 + len(payload.model) + len(varint(payload.raw_size)) + len(varint(data)) + data + CHECKSUM_BYTES
 
 
 def unpack(blob: bytes, *, most_bytes: int) -> Payload:
@@ -74,10 +74,14 @@ def unpack(blob: bytes, *, most_bytes: int) -> Payload:
         raise _too_large(len(blob) - MOST_EXTRA, most_bytes)
     try:
         codec, form, model_end = blob[5], blob[6] & 3, 7 + (blob[6] >> 2)
-        raw_size, at = _read_varint(blob, model_end)
-        data_size, at = _read_varint(blob, at)
+        raw_size, at = read_varint(blob, model_end)
+        data_size, at = read_varint(blob, at)
     except IndexError:
         raise _unreadable(blob, "ends within its head", "it was cut off, or is damaged") from None
+    except ValueError:
+        raise _unreadable(
+            blob, "has a number that is not written as short as it can be", "no writer makes such a one: it is damaged"
+        ) from None
     end = at + data_size
     if end + CHECKSUM_BYTES != len(blob):
         raise _unreadable(blob, f"should have {end + CHECKSUM_BYTES} by its head", "it was cut off, or is damaged")
@@ -107,7 +111,7 @@ def _fault(payload: Payload) -> str | None:
     return None
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     """Seven bits a byte, the lowest first; the top bit says that more follow."""
     out = bytearray()
     while number > 127:
@@ -117,8 +121,11 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(blob: bytes, at: int) -> tuple[int, int]:
-    """The number at a place, and the place behind it. IndexError if it does not end there."""
+def read_varint(blob: bytes, at: int) -> tuple[int, int]:
+    """The number at a place, and the place behind it.
+
+    Raises: IndexError if it does not end there; ValueError if it is longer than it need be.
+    """
     number = 0
     for i in range(_VARINT_BYTES):
         byte = blob[at + i]
@@ -127,7 +134,7 @@ def _read_varint(blob: bytes, at: int) -> tuple[int, int]:
             if byte == 0 and i:
                 break
             return number, at + i + 1
-    raise _unreadable(blob, "has a number that is not written as short as it can be", "no writer makes such a one: it is damaged")
+    raise ValueError("a number is not written as short as it can be")
 
 
 def _checksum(body: bytes | memoryview) -> bytes:

@@ -20,6 +20,8 @@ from typing import BinaryIO
 
 import blake3
 
+from pantheraml.memory.container import read_varint, varint
+
 SEGMENT_MAGIC, BLOCK_MAGIC, VERSION = b"NBMF-SEG", b"NBMB", 1
 HEADER_BYTES, HEAD_BYTES, BODY_SUM_BYTES = 24, 20, 16
 BLOCK_BYTES = 32 << 10
@@ -71,7 +73,7 @@ def block_bytes(segment: int, offset: int, entries: Sequence[Entry]) -> bytes:
     table, before = bytearray(), 0
     for id, container in entries:
         difference = id - before
-        table += _varint(difference << 1 if difference >= 0 else (-difference << 1) - 1) + _varint(len(container))
+        table += varint(difference << 1 if difference >= 0 else (-difference << 1) - 1) + varint(len(container))
         before = id
     body = b"".join((table, *(container for _, container in entries)))
     head = BLOCK_MAGIC + struct.pack("<II", len(body), len(entries))
@@ -156,8 +158,8 @@ def _entries(body: bytes, length: int, count: int) -> list[Entry]:
     sizes: list[tuple[int, int]] = []
     at = id = 0
     for _ in range(count):
-        difference, at = _read_varint(body, at)
-        size, at = _read_varint(body, at)
+        difference, at = read_varint(body, at)
+        size, at = read_varint(body, at)
         id += (difference >> 1) ^ -(difference & 1)
         sizes.append((id, size))
     if at + sum(size for _, size in sizes) != length:
@@ -167,26 +169,3 @@ def _entries(body: bytes, length: int, count: int) -> list[Entry]:
         entries.append((id, body[at : at + size]))
         at += size
     return entries
-
-
-def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    number = shift = 0
-    while True:
-        byte = data[at]
-        number |= (byte & 127) << shift
-        at += 1
-        if byte < 128:
-            return number, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of more than ten bytes")
