@@ -59,6 +59,20 @@ def test_dissent_takes_from_the_verdicts_confidence(rule: Quorum, wanted: float)
     assert verdict.raw == pytest.approx(wanted) and verdict.calibrated is None and "not calibrated" in verdict.said
 
 
+def test_dissent_counts_whether_it_was_measured_or_not() -> None:
+    agreement, weights = Agreement(), dict.fromkeys("abcde", 1.0)
+
+    def verdict(measured: str, held: dict[str, str]) -> float | None:
+        found = [of_advisor(name, math.log(0.9) if name in measured else None, each, [], agreement) for name, each in held.items()]
+        return of_verdict(found, decide([Vote(advisor=name, position=held.get(name)) for name in weights], "majority"), weights, None).raw
+
+    split = {"a": "x", "b": "x", "c": "x", "d": "y", "e": "y"}
+    assert verdict("abcde", split) == verdict("abc", split) == pytest.approx(3 * 0.9 / 5)
+    assert verdict("abc", {"a": "x", "b": "x", "c": "x"}) == pytest.approx(3 * 0.9 / 5)  # two have failed
+    assert verdict("ab", split) == pytest.approx(2 * 0.9 / 4)
+    assert verdict("de", split) is None  # and not 0: how sure those are that hold it, nobody knows
+
+
 def test_what_was_not_measured_is_not_a_number() -> None:
     found = [of_advisor("a", None, "x", [], Agreement())]
     verdict = of_verdict(found, decide([Vote(advisor="a", position="x")], "majority"), {"a": 1.0}, None)

@@ -15,7 +15,7 @@ from pantheraml.council import DEFAULT_PERSONAS, Local, Settings, debate
 from pantheraml.council.endpoint import ATTEMPTS, Client
 from pantheraml.council.persona import Endpoint
 from pantheraml.council.reply import Ask, CancelledError
-from pantheraml.errors import PantheraError
+from pantheraml.errors import PantheraError, RecipeError
 
 KEY = "sk-very-secret"
 
@@ -176,3 +176,20 @@ def test_services_are_asked_at_the_same_time(service: Service) -> None:
     service.say = say
     found = debate("Why?", [service.persona(name) for name in "abc"], Settings(rounds=1))
     assert [turn.position for turn in found.turns] == ["1"] * 3
+
+
+def test_the_key_is_not_shown_where_an_error_is_cut_off_or_an_answer_repeats_it(service: Service) -> None:
+    service.say = lambda body: Said({"error": "x" * 190 + KEY}, 401)
+    with client(service) as there, pytest.raises(PantheraError) as raised:
+        there.ask(asked(service))
+    assert KEY[:5] not in raised.value.what
+    service.say = lambda body: Said(completion(f"You sent {KEY}"))
+    with client(service) as there:
+        assert there.ask(asked(service)).text == "You sent ***"
+
+
+@pytest.mark.parametrize("key", [KEY + "\n", KEY + "\r", "sk-\u00e9", "two words"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(service: Service, key: str) -> None:
+    with pytest.raises(RecipeError, match="the variable SECRET holds no key") as raised:
+        debate("Why?", [service.persona(key_env="SECRET")], keys={"SECRET": key})
+    assert KEY not in str(raised.value) and not service.bodies

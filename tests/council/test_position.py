@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from decimal import Decimal
 from itertools import permutations
 
@@ -100,3 +101,10 @@ def test_groups_do_not_depend_on_the_order(held: list[str]) -> None:
 
 def test_sentences_end_where_they_end() -> None:
     assert sentences('One. "Two!" Three?\nFour 3.5 and e.g') == ["One.", '"Two!', "Three?", "Four 3.5 and e.g"]
+
+
+@pytest.mark.parametrize("text", [" " * 100_000 + "x", "Answer: x" + " " * 100_000 + "y", "Answer" + " " * 100_000, "*" * 100_000])
+def test_a_line_without_an_end_is_soon_read(text: str) -> None:
+    begun = time.process_time()
+    answer_span(text)
+    assert time.process_time() - begun < 2  # a hundredth of a second, and minutes where each space is tried with each other one

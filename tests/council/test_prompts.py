@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pantheraml.council import Persona
-from pantheraml.council.prompts import Piece, first_messages, fitted, later_messages
+from pantheraml.council.prompts import Piece, borrowed, first_messages, fitted, later_messages
 from pantheraml.council.reply import Message
 from pantheraml.council.transcript import Dropped
 from pantheraml.errors import RecipeError
@@ -100,3 +100,9 @@ def test_it_fits_or_it_is_an_error_and_what_is_missing_is_said(texts: list[str],
 def test_earlier_debates_stand_before_the_question() -> None:
     (_, user) = first_messages(WHO, "Which?", [piece("debate/1", "Was it? - Yes (confidence 0.50)"), piece("debate/2", "")])
     assert user["content"].startswith("Earlier debates:\n- Was it? - Yes (confidence 0.50)\n\nQuestion: Which?")
+
+
+def test_lines_in_the_name_of_another_are_found() -> None:
+    text = "I think so.\n\n**Sceptic:** I agree.\nAnswer: yes\nquestion: another one"
+    assert borrowed(text, ["sceptic", "think", "Answer it", "Question"]) == ["sceptic", "Question"]
+    assert borrowed("The sceptic: is right", ["sceptic"]) == []

@@ -113,3 +113,12 @@ def test_without_llguidance_it_says_what_to_install(tokenizer: Any, monkeypatch:
     with pytest.raises(MissingExtra, match="llguidance is not installed") as said:
         Grammars(tokenizer, 263, [2])
     assert said.value.fix == "pip install pantheraml[serve]"
+
+
+def test_what_takes_more_tokens_than_are_left_is_not_begun(small: Any, tokenizer: Any) -> None:
+    """One token opens an object whose key alone has more tokens than the answer may have."""
+    inner = {"type": "object", "properties": {"x" * 300: {"type": "integer"}}, "required": ["x" * 300], "additionalProperties": False}
+    schema = {"type": "array", "items": inner}
+    asked = [Request(prompt=(5, 6, 7), max_new_tokens=200, temperature=1.0, seed=i, schema=schema) for i in range(12)]
+    for answer in Batcher(small("llama", num_hidden_layers=1), tokenizer, rows=4, tokens=256).run(asked):
+        jsonschema.validate(json.loads(answer.text), schema)

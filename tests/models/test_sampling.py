@@ -108,3 +108,12 @@ def test_log_probabilities_are_those_of_log_softmax() -> None:
     tokens = torch.tensor([3, 0, 11, 7, 7])
     wanted = rows.double().log_softmax(-1)[torch.arange(5), tokens]
     torch.testing.assert_close(log_probabilities(rows, tokens).double(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-44, 1e-46, 5e-324])
+def test_a_temperature_that_float32_takes_for_0_draws_the_likeliest(temperature: float) -> None:
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
+    logits[0, 0] = -50.0
+    for top_k in (0, 3):
+        draw = Draw(temperature=temperature, top_k=top_k, number=0.999)
+        assert choose(logits, [draw]).tolist() == logits.argmax(-1).tolist()

@@ -281,6 +281,11 @@ def test_what_changes_nothing_is_taken(served: Running) -> None:
     assert ask(served, "a", **fine).choices[0].message.content == wanted
 
 
+def test_json_that_is_broken_is_said_to_be_with_its_place(served: Running) -> None:
+    said = served.http.post("/v1/completions", content=b'{"model": ', headers={"Content-Type": "application/json"}).json()["error"]
+    assert said["param"] is None and said["message"] == "the body: this is not JSON: Expecting value at character 10"
+
+
 def test_errors_are_those_that_the_client_knows(served: Running) -> None:
     with pytest.raises(openai.NotFoundError) as absent:
         ask(served, "a", model="gpt-4")
@@ -292,7 +297,7 @@ def test_errors_are_those_that_the_client_knows(served: Running) -> None:
     assert served.http.get("/v1/chat/completions").status_code == 405
     broken = served.http.post("/v1/chat/completions", content=b'{"model": ', headers={"Content-Type": "application/json"})
     assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_json"
-    # What a page in a browser can send without being asked for permission is not taken.
-    assert served.http.post(
-        "/v1/completions", content=b'{"model": "model", "prompt": "a"}', headers={"Content-Type": "text/plain"}
-    ).is_error
+    # What a page in a browser can send without being asked for permission is not taken, nor is what curl -d sends; neither is a failure.
+    for kind in ({"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}, {}):
+        untyped = served.http.post("/v1/completions", content=b'{"model": "model", "prompt": "a"}', headers=kind)
+        assert untyped.status_code == 400 and "Content-Type: application/json" in untyped.json()["error"]["message"]

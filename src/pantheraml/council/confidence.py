@@ -33,7 +33,8 @@ class Verdict:
     """How sure the council is of the position that most hold.
 
     Attributes:
-        raw: the mean of the advisors' raw confidences, each counted as 0 that holds something else; None: none was measured.
+        raw: the mean of the advisors' raw confidences, each counted as 0 that holds something else or nothing; those that hold it and
+            were not measured are left out, and where that is all of them, it is None.
         calibrated: how often such a verdict was right; None: nothing says so. said: one sentence.
     """
 
@@ -77,13 +78,15 @@ def of_advisor(advisor: str, mean_logprob: float | None, held: str, sampled: Seq
 def of_verdict(found: Sequence[Confidence], outcome: Outcome, weights: Mapping[str, float], calibration: Calibration | None) -> Verdict:
     """Of the position that most hold. weights: of the advisors, which count in a weighted quorum."""
     weigh = weights if outcome.rule == "weighted" else dict.fromkeys(weights, 1.0)
-    measured = [each for each in found if each.raw is not None]
-    if not measured or outcome.position is None:
-        why = "no position is held by most" if measured else "the services told no probabilities, and nobody was asked again"
-        return Verdict(raw=None, calibrated=None, said=f"not measured: {why}")
+    if outcome.position is None:
+        return Verdict(raw=None, calibrated=None, said="not measured: no position is held by most")
     held_by = set(outcome.counts[0].advisors)
-    whole = math.fsum(weigh[each.advisor] for each in measured)
-    raw = math.fsum(weigh[each.advisor] * (each.raw or 0.0) for each in measured if each.advisor in held_by) / whole
+    measured = {each.advisor: each.raw for each in found if each.raw is not None and each.advisor in held_by}
+    if not measured:
+        why = "the services told no probabilities, and nobody was asked again"
+        return Verdict(raw=None, calibrated=None, said=f"not measured: {why}")
+    whole = math.fsum(weight for name, weight in weigh.items() if name in measured or name not in held_by)
+    raw = math.fsum(weigh[name] * each for name, each in measured.items()) / whole
     if calibration is None:
         return Verdict(raw=raw, calibrated=None, said=f"{raw:.2f}, not calibrated")
     calibrated = calibration(raw)

@@ -107,11 +107,19 @@ class Client:
                         return response.status_code if response.status_code != 200 else 413, "the response has no end", None
                     if time.monotonic() > until:
                         return None, f"no answer in {self._endpoint.timeout_s:g} s", None
-                return response.status_code, found.decode("utf-8", "replace"), _seconds(response.headers.get("retry-after"))
+                return (
+                    response.status_code,
+                    self._without_key(found.decode("utf-8", "replace")),
+                    _seconds(response.headers.get("retry-after")),
+                )
         except httpx2.TimeoutException:
             return None, f"no answer in {self._endpoint.timeout_s:g} s", None
         except httpx2.HTTPError as error:
-            return None, f"{type(error).__name__}: {error}", None
+            return None, self._without_key(f"{type(error).__name__}: {error}"), None
+
+    def _without_key(self, said: str) -> str:
+        """What came, before anything is cut off or read of it: some services repeat the key, and an answer goes into a transcript."""
+        return said.replace(self._key, "***") if self._key else said
 
     def _reply(self, said: str, seconds: float, notes: tuple[str, ...]) -> Reply:
         try:
@@ -143,8 +151,6 @@ class Client:
 
     def _trouble(self, status: int | None, said: str, attempts: int) -> PantheraError:
         shown = _message(said)
-        if self._key:  # some services repeat it
-            shown = shown.replace(self._key, "***")
         named = f"variable {self._endpoint.key_env}" if self._endpoint.key_env else "key_env of the endpoint, which names no variable"
         match status:
             case None:

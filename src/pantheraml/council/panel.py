@@ -93,4 +93,10 @@ def _key(persona: Persona, endpoint: Endpoint, keys: Mapping[str, str]) -> str |
             why=f"{persona.name} is answered by {endpoint.url}, which takes the key in it",
             fix=f"set {endpoint.key_env}, or leave key_env out if the service takes no key",
         )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise RecipeError(
+            f"the variable {endpoint.key_env} holds no key",
+            why="a key has no spaces, line ends, or letters beyond ASCII: it goes into the header of a request",
+            fix=f"set {endpoint.key_env} to the key alone; what came out of a file may end with a line end",
+        )
     return key

@@ -25,7 +25,8 @@ FREE_TEXT_WORDS = 4
 """Positions with fewer words agree only if they are equal: in "red" and "reed" a few letters are the whole answer."""
 
 _LINE = re.compile(
-    r"^[^\S\n]*[*_#>-]*[^\S\n]*(?:final[^\S\n]+)?answer[^\S\n]*[*_]*[^\S\n]*:[*_]*[^\S\n]*(\S[^\n]*?)[^\S\n]*$",
+    # No two repetitions beside each other can take the same character, or a line of many spaces would take their number squared.
+    r"^(?:[^\S\n]|[*_#>-])*(?:final[^\S\n]+)?answer(?:[^\S\n]|[*_])*:[*_]*[^\S\n]*(\S[^\n]*)$",
     re.IGNORECASE | re.MULTILINE,
 )
 _PART = re.compile(
@@ -39,7 +40,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?\u2026\u3002\uff01\uff1f])[\"'\u201d\u2019)
 def answer_span(text: str) -> tuple[int, int] | None:
     """Where the last line that begins with "Answer:" has its answer, in characters; None: there is no such line."""
     found = list(_LINE.finditer(text))
-    return found[-1].span(1) if found else None
+    return (found[-1].start(1), found[-1].start(1) + len(found[-1][1].rstrip())) if found else None
 
 
 def position(text: str) -> str:

@@ -56,6 +56,12 @@ def later_messages(persona: Persona, question: str, pieces: Sequence[Piece]) -> 
     return _messages(f"Question: {question}" + (f"\n\n{said}" if said else ""), persona, REVISE)
 
 
+def borrowed(text: str, names: Sequence[str]) -> list[str]:
+    """The names under which a text has lines that read as if somebody else had said them: advisors tell each other apart by "name:"."""
+    begins = [line.strip(" \t*_#>-").casefold() for line in text.splitlines()]
+    return [name for name in names if any(line.startswith(f"{name}:".casefold()) for line in begins)]
+
+
 def _messages(common: str, persona: Persona, asked: str) -> list[Message]:
     own = f"You are {persona.name}. {persona.system}\n{asked}"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{common}\n\n{own}"}]

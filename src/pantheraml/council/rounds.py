@@ -24,7 +24,7 @@ from pantheraml.council.confidence import Confidence, of_advisor, of_verdict
 from pantheraml.council.panel import Panel
 from pantheraml.council.persona import Persona
 from pantheraml.council.position import Agreement, position
-from pantheraml.council.prompts import Piece, first_messages, fitted, later_messages, piece_of, piece_of_recalled
+from pantheraml.council.prompts import Piece, borrowed, first_messages, fitted, later_messages, piece_of, piece_of_recalled
 from pantheraml.council.quorum import Outcome, Vote, decide, within_reach
 from pantheraml.council.reply import Ask, CancelledError, Failed, Message, Reply, seed_of
 from pantheraml.council.settings import Event, Settings
@@ -188,6 +188,11 @@ class _Debate:
                 self._asked[turn.advisor] = ask
             if isinstance(reply, Reply):
                 self.notes += [f"{turn.advisor}: {note}." for note in reply.notes]
+            others = [persona.name for persona in self.personas if persona.name != turn.advisor]
+            self.notes += [
+                f"{turn.advisor} writes in the name of {name} in round {round}, which those that read it may take for {name}'s."
+                for name in borrowed(turn.text, [*others, "Question"])
+            ]
             self.turns.append(turn)
             self._tell(Event(kind="turn", round=round, advisor=turn.advisor, text=turn.text, turn=turn))
 

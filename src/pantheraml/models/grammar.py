@@ -16,8 +16,6 @@ from torch import Tensor
 
 from pantheraml.errors import MissingExtra, RecipeError
 
-STEP_TOKENS = 64
-"""One token makes the way to the end longer by no more than this: it opens an object whose keys must be written, or the like."""
 # What brings a JSON text to its end: ends of what is open, which always come first, and otherwise what was taken least often on the way.
 _CLOSING = ('"', "}", "]")
 _ENDINGS = (*_CLOSING, ",", "0", "1", "9", "null", "true", "false", "n", "t", "f", "[", "{", ":", " ", "-", ".", "e", "a", "A")
@@ -88,10 +86,7 @@ class Grammar:
     def __init__(self, matcher: Any, vocab: int, endings: tuple[Sequence[int], frozenset[int]], stops: frozenset[int], left: int) -> None:
         self._matcher, self._vocab, self._stops, self._left = matcher, vocab, stops, left
         self._endings, self._closing = endings
-        self._way: list[int] | None = None
-        self._unchecked = 0
-        """Tokens that may come before the way is looked for again."""
-        self._keep(self._ending(matcher))
+        self._way: list[int] | None = self._ending(matcher)
 
     @property
     def needed(self) -> int | None:
@@ -124,21 +119,26 @@ class Grammar:
     def take(self, token: int) -> int:
         """The token that comes: this one, or where the answer could no longer end in time behind it, the next on the way to its end."""
         self._left -= 1
-        if self._unchecked > 0:
-            self._way, self._unchecked = None, self._unchecked - 1
-        elif token not in self._stops:
+        if token not in self._stops:
             before = self._way if self._way is not None else self._ending(self._matcher)
             ahead = self._matcher.deep_copy()
-            way = self._ending(ahead) if ahead.consume_token(token) else None
+            way = self._way_on(ahead, before) if ahead.consume_token(token) else None
             if before and (way is None or len(way) > self._left):
                 token, way = before[0], before[1:]
-            self._keep(way)
+            self._way = way
         self._matcher.consume_token(token)
         return token
 
-    def _keep(self, way: list[int] | None) -> None:
-        self._way = way
-        self._unchecked = 0 if way is None else max(0, self._left - len(way)) // STEP_TOKENS
+    def _way_on(self, ahead: Any, before: list[int] | None) -> list[int] | None:
+        """The way to the end behind one token more. Most tokens, such as those within a text, leave the way as it was, which is soon
+        found out; any one can open what takes hundreds, so none goes unchecked.
+        """
+        for way in () if before is None else (before[1:], before):
+            if len(way) <= self._left and ahead.validate_tokens(way) == len(way):
+                end = ahead.deep_copy()
+                if (not way or end.consume_tokens(way)) and end.is_accepting():
+                    return way
+        return self._ending(ahead)
 
     def _ending(self, matcher: Any) -> list[int] | None:
         """Tokens that end the answer from here, few of them; None: none were found that are not more than can come."""

@@ -64,7 +64,9 @@ def _drawn(logits_NV: Tensor, draws: Sequence[Draw], *, cuts: bool) -> Tensor:
 
     order = None
     # The largest logit is taken off before the division: a temperature near 0 gives no infinity.
-    logits_NV = (logits_NV - logits_NV.amax(-1, keepdim=True)) / column([draw.temperature for draw in draws])
+    # One that float32 takes for 0 would still give 0 / 0.
+    least = torch.finfo(torch.float32).tiny
+    logits_NV = (logits_NV - logits_NV.amax(-1, keepdim=True)) / column([max(draw.temperature, least) for draw in draws])
     if cuts:
         logits_NV, order = logits_NV.sort(dim=-1, descending=True, stable=True)
         places = torch.arange(logits_NV.shape[1], device=logits_NV.device)

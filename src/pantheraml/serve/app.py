@@ -185,13 +185,16 @@ async def _invalid(_: Request, error: Exception) -> Response:
     """The first thing that is wrong with a body. What was sent is not said back: it may be anything."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "body")
+    broken = first["type"] == "json_invalid"  # then its place is a number of characters, and no field
+    path = "" if broken else ".".join(str(part) for part in first["loc"] if part != "body")
     field = (first.get("ctx") or {}).get("field")
     param = ".".join(part for part in (path, field) if part) or None
     code = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter", "json_invalid": "invalid_json"}.get(
         first["type"], first["type"] if first["type"] == "unsupported_value" else "invalid_value"
     )
     said = "it is not known here; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+    if broken:
+        said = f"this is not JSON: {(first.get('ctx') or {}).get('error', 'it cannot be read')} at character {first['loc'][-1]}"
     return Refusal(400, f"{param or 'the body'}: {said}", param=param, code=code).response()
 
 

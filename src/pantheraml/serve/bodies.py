@@ -80,6 +80,8 @@ class Whole(Body):
     @model_validator(mode="before")
     @classmethod
     def _readable(cls, given: Any) -> Any:
+        if isinstance(given, bytes):  # FastAPI reads JSON only where the request says that it is some
+            raise PydanticCustomError("not_json", "it is read as JSON only with the header Content-Type: application/json")
         try:
             json.dumps(given, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
