@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import os
 import sys
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pantheraml.errors import DataError, RecipeError
+from pantheraml.errors import DataError, RecipeError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pantheraml.memory.record import Content, Record
+    from pantheraml.memory.record import Content, Decoded, Record
     from pantheraml.memory.seal import Keys
     from pantheraml.memory.store import Memory
     from pantheraml.memory.upkeep import Progress
@@ -98,7 +99,7 @@ def get(
     if isinstance(found.content, bytes):
         sys.stdout.buffer.write(found.content)
     else:
-        print(found.content if isinstance(found.content, str) else json.dumps(found.content, ensure_ascii=False, indent=2))
+        _print(found.content if isinstance(found.content, str) else json.dumps(found.content, ensure_ascii=False, indent=2))
 
 
 @memory_app.command()
@@ -117,12 +118,12 @@ def search(
     """Find records by likeness to a text, the likest first."""
     with _open(store, tenant, key_file, readonly=True) as memory:
         hits = memory.search(text, k, kind=kind, metadata=_metadata(meta) or None, since=_utc(since), until=_utc(until))
-        shown = [(hit, memory.get(hit.key).content) for hit in hits]
+        shown = [(hit, each.content) for hit in hits if (each := _got(memory, hit.key))]
     if as_json:
         return _print_json([{**asdict(hit), **_content(content)} for hit, content in shown])
     for hit, content in shown:
         line = " ".join(str(content).split())
-        print(f"{hit.score:5.2f}  {hit.key}  {line[:100]}{'...' if len(line) > 100 else ''}")
+        _print(f"{hit.score:5.2f}  {hit.key}  {line[:100]}{'...' if len(line) > 100 else ''}")
 
 
 @memory_app.command()
@@ -133,7 +134,7 @@ def delete(store: Store, key: Key, tenant: Tenant = "default", key_file: KeyFile
             raise DataError(
                 f"there is no record {key!r} of {tenant}", why="nothing was deleted", fix=f"see pantheraml memory stats {store}"
             )
-    print(f"{key} is deleted")
+    _print(f"{key} is deleted")
 
 
 @memory_app.command()
@@ -255,26 +256,27 @@ def _records(files: Sequence[Path], kind: str | None) -> Iterator[Record]:
         if file.suffix != ".jsonl":
             yield Record(key=str(file), content=_text_or_bytes(_read(file)), kind=kind or file.suffix.removeprefix(".") or "file")
             continue
-        for number, line in enumerate(_read(file).decode("utf-8", "surrogatepass").splitlines(), 1):
+        # A line ends at a line feed alone: U+2028 and its like may stand within JSON text.
+        for number, line in enumerate(_read(file).removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
             if line.strip():
                 yield _record(line, f"{file}, line {number}", kind)
 
 
-def _record(line: str, where: str, kind: str | None) -> Record:
+def _record(line: bytes, where: str, kind: str | None) -> Record:
+    from pantheraml.memory.intake import microseconds
     from pantheraml.memory.record import Record
 
     try:
-        row = json.loads(line)
-        content = base64.b64decode(row["base64"]) if "base64" in row else row["content"]
+        row = json.loads(line.decode("utf-8", "surrogatepass"))
+        content = base64.b64decode(row["base64"], validate=True) if "base64" in row else row["content"]
         created = datetime.fromisoformat(row["created"]) if row.get("created") else None
-        return Record(
-            key=str(row["key"]),
-            content=content,
-            kind=kind or row.get("kind") or "note",
-            created=created,
-            metadata=row.get("metadata") or {},
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        key, kind, metadata = row["key"], kind or row.get("kind") or "note", row.get("metadata") or {}
+        if created is not None:
+            microseconds(created)  # it has a time zone
+        if not (isinstance(key, str | int) and isinstance(kind, str) and isinstance(metadata, dict)):
+            raise TypeError("key and kind are text, and metadata is an object")
+        return Record(key=str(key), content=content, kind=kind, created=created, metadata=metadata)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{where} is no record: {type(error).__name__} {error}",
             why="a row is a JSON object with key and content (or base64), and maybe kind, created and metadata",
@@ -296,6 +298,14 @@ def _text_or_bytes(data: bytes) -> Content:
         return data
 
 
+def _got(memory: Memory, key: str) -> Decoded | None:
+    """A record that a search has found; one that cannot be read is announced and costs no other one."""
+    try:
+        return memory.get_many([key]).get(key)  # it may be deleted meanwhile
+    except StorageError as error:
+        return _say(f"{error.what}; {error.fix}")
+
+
 def _content(content: Content) -> dict[str, Any]:
     return {"base64": base64.b64encode(content).decode()} if isinstance(content, bytes) else {"content": content}
 
@@ -309,7 +319,7 @@ def _metadata(words: list[str] | None) -> dict[str, Any]:
             raise RecipeError(f"--meta {word} is not NAME=VALUE", why="it says what a record is about", fix="write --meta project=boats")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 
@@ -321,11 +331,16 @@ def _utc(at: datetime | None) -> datetime | None:
 def _show(values: dict[str, Any], said: str, as_json: bool) -> None:
     if as_json:
         return _print_json(values)
-    print(said)
+    _print(said)
 
 
 def _print_json(values: Any) -> None:
-    print(json.dumps(values, ensure_ascii=False, indent=2, default=str))
+    _print(json.dumps(values, ensure_ascii=False, indent=2, default=str))
+
+
+def _print(text: str) -> None:
+    """Lone surrogates, which records may hold and UTF-8 may not, as escapes."""
+    print(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _say(said: str) -> None:

@@ -24,6 +24,14 @@ from pantheraml.memory.warm import Warm
 ROOT = Path(__file__).parents[2]
 
 
+def lines(n: int, seed: int = 0) -> str:
+    """Text like a log's, the same for the same seed."""
+    draw = random.Random(seed)
+    return "\n".join(
+        f"{draw.randrange(10**6)} INFO worker-{draw.randrange(9)} finished job {i} in {draw.randrange(900)} ms" for i in range(n)
+    )
+
+
 def row(number: int, size: int = 150, **how: Any) -> Row:
     """Record `k<number>`, the same each time."""
     how = {"key": f"k{number}", "container": random.Random(number).randbytes(size), "hash": hashlib.sha256(b"%d" % number).digest(), **how}

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from tests.memory.stores import lines
 
 from pantheraml.errors import DataError, RecipeError, StorageError
 from pantheraml.memory.policy import Budgets
@@ -17,13 +18,6 @@ from pantheraml.memory.store import Memory
 
 DAY = 86_400.0
 TEXT = "The meeting in Paris is on the third of May."
-
-
-def lines(n: int, seed: int = 0) -> str:
-    draw = random.Random(seed)
-    return "\n".join(
-        f"{draw.randrange(10**6)} INFO worker-{draw.randrange(9)} finished job {i} in {draw.randrange(900)} ms" for i in range(n)
-    )
 
 
 @pytest.fixture

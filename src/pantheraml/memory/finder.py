@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ class Finder:
     Args:
         records: whose rows hold the vectors. folder: of the index, which is made anew where it is not that of the rows.
         asked: the name of an embedder; None: the one that the store was made with.
-        device: looks for where a model computes, when one does.
+        device: looks for where a model computes, when one does. quarantined: numbers of records that are not to be found.
     Raises: RecipeError if another embedder is asked for than that of the rows.
     """
 
@@ -49,10 +49,14 @@ class Finder:
         asked: str | None,
         device: Callable[[], Device],
         announce: Callable[[str], None],
+        quarantined: Callable[[], Collection[int]] = tuple,
     ) -> None:
+        self._quarantined = quarantined
         self._records, self._shared, self._folder = records, shared, folder
         self._device, self._announce = device, announce
         self._lock = threading.Lock()
+        self._changing: set[int] | None = None
+        self._unsure = False
         self._open(asked)
 
     def _open(self, asked: str | None) -> None:
@@ -98,9 +102,11 @@ class Finder:
     def rebuild(self) -> None:
         """All vectors read from the rows, without those that are damaged."""
         self.hot = Hot(self.embedder.dimensions, announce=self._announce)
+        self._unsure = False
         rows = self._records.scan(damaged=lambda id, error: None)
         while some := list(islice(rows, _AT_ONCE)):
             self.add(some)
+        self.hot.remove(list(self._quarantined()))
 
     # ---- In step with the rows -----------------------------------------------------------------------------------
 
@@ -117,8 +123,32 @@ class Finder:
         """Rows that were written; those without a vector are not found."""
         some = [row for row in rows if row.vector]
         if some:
+            if self._changing is not None:
+                self._changing.update(row.id for row in some)
             entries = [Entry(id=row.id, tenant=row.tenant, kind=row.kind, created=row.created, metadata=row.metadata) for row in some]
             self.hot.add(entries, from_rows([row.vector for row in some]))
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Records that are found no more."""
+        if self._changing is not None:
+            self._changing.update(ids)
+        self.hot.remove(ids)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a transaction of the store's one writer: if it ends in an error, the index says again what the rows say."""
+        self._changing = changed = set[int]()
+        try:
+            yield
+        except BaseException:
+            before, self._unsure = self._unsure, True  # if the rows cannot be read either, what was saved before stays
+            with suppress(StorageError):
+                self.hot.remove(list(changed))
+                self.add(self._records.rows(sorted(changed), damaged=lambda id, error: None).values())
+                self._unsure = before
+            raise
+        finally:
+            self._changing = None
 
     def refresh(self) -> None:
         """What another process has written since."""
@@ -144,6 +174,7 @@ class Finder:
         self.hot.remove(gone)
         rows = self._records.rows([id for id in changed if id not in set(gone)], damaged=lambda id, error: None)
         self.add(rows.values())
+        self.hot.remove(list(self._quarantined()))
 
     # ---- Searching -----------------------------------------------------------------------------------------------
 
@@ -165,6 +196,8 @@ class Finder:
 
     def save(self) -> None:
         """Keep the index, so that the next start need not read all rows."""
+        if self._unsure:
+            return
         seal = self._records.seal
         with suppress(StorageError):  # it is derived: the next start makes it anew
             save_index(

@@ -304,6 +304,7 @@ class Hot:
 
 
 _STEP = 1024
+_SAME_SCORE = np.float32(1e-6)
 _NOTHING = Found(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
@@ -342,14 +343,15 @@ def _shortlist(fits: list[tuple[Block, Rows]], query: F32, count: int) -> list[t
 
 
 def _best(ids: I64, scores: F32, k: int) -> Found:
-    """The k highest, each id once; of equal scores the lower id first."""
+    """The k highest, each id once; of scores that are equal but for rounding the lower id first."""
     if len(ids) > 4 * k + 64:
         few = np.argpartition(-scores, 4 * k)[: 4 * k]
         if len(np.unique(ids[few])) >= k:
             # Ties at the cut are all kept, so that what is found does not depend on the order of the rows.
-            few = np.flatnonzero(scores >= scores[few].min())
+            few = np.flatnonzero(scores >= scores[few].min() - _SAME_SCORE)
             ids, scores = ids[few], scores[few]
-    order = np.lexsort((ids, -scores))
+    # One vector in two places of a block can differ in the last bits of its products.
+    order = np.lexsort((ids, -np.round(scores / _SAME_SCORE)))
     ids, scores = ids[order], scores[order]
     _, first = np.unique(ids, return_index=True)
     first = np.sort(first)[:k]

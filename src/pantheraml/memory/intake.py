@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import get_args
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from pantheraml.errors import DataError
 from pantheraml.memory.container import DELTA, NAMES, pack
 from pantheraml.memory.ledger import What
 from pantheraml.memory.parts import Parts
-from pantheraml.memory.record import Form, Record, content_hash, to_bytes
+from pantheraml.memory.record import Fidelity, Form, Record, content_hash, to_bytes
 from pantheraml.memory.rows import Row
 from pantheraml.memory.same import Likeness, bands, signatures, verify
 
@@ -81,10 +82,10 @@ class Near:
     likeness: Likeness
 
 
-def _bands_of(items: Sequence[Item]) -> list[np.ndarray | None]:
+def _bands_of(items: Sequence[Item], salt: int) -> list[np.ndarray | None]:
     """What each record is found by that is like another one; None for what is too short, or no text."""
     wanted = [i for i, item in enumerate(items) if item.form in _FORMS_WITH_TEXT and len(item.data) >= NEAR_BYTES]
-    found = dict(zip(wanted, bands(signatures([items[i].text for i in wanted]).minhash), strict=True)) if wanted else {}
+    found = dict(zip(wanted, bands(signatures([items[i].text for i in wanted]).minhash, salt), strict=True)) if wanted else {}
     return [found.get(i) for i in range(len(items))]
 
 
@@ -102,8 +103,7 @@ class Intake:
         """A record as it will be stored. Raises: DataError if it cannot be; ValueError for a record of another tenant."""
         if record.tenant not in (None, self._tenant):
             raise ValueError(f"a record of {record.tenant!r}, in the memory of {self._tenant!r}: put it into memory.of({record.tenant!r})")
-        if not record.key:
-            raise DataError("a record has no key", why="its key is how it is found again", fix="give each record a key of its own")
+        _check(record)
         form, data = to_bytes(record.content)
         if record.fidelity == "gist" and form == "bytes":
             raise DataError(f"{record.key!r} is bytes, and a gist is asked for", why="only text has one", fix="put it with fidelity exact")
@@ -123,7 +123,7 @@ class Intake:
         ids = [next(numbers) if id is None else id for id in ids]
         owners = self._owners(items, ids, set(old))
         own = [i for i, owner in enumerate(owners) if owner == ids[i] and items[i].exact]
-        taken = _bands_of([items[i] for i in own])
+        taken = _bands_of([items[i] for i in own], warm.marks.bands(self._tenant))
         near = self._near([items[i] for i in own], taken, set(old))
         rows = self._rows(items, ids, owners, own, near)
         warm.replace([row for row in rows if row.id in old])
@@ -228,8 +228,34 @@ class Intake:
         )
 
 
+def _check(record: Record) -> None:
+    """Raises: DataError for what types would have said: rows of JSONL, and callers who check none, bring anything."""
+    if not record.key:
+        raise DataError("a record has no key", why="its key is how it is found again", fix="give each record a key of its own")
+    wanted: tuple[tuple[str, object, type, str], ...] = (
+        ("key", record.key, str, "text"),
+        ("kind", record.kind, str, "text"),
+        ("created", record.created or EPOCH, datetime, "a datetime"),
+        ("metadata", record.metadata, Mapping, "names with values"),
+    )
+    for name, value, type_, what in wanted:
+        if not isinstance(value, type_):
+            raise DataError(f"the {name} of {record.key!r} is {value!r:.80}", why=f"it is {what}", fix="correct it")
+    if record.fidelity not in get_args(Fidelity):
+        raise DataError(
+            f"the fidelity of {record.key!r} is {record.fidelity!r}", why="it says what is kept", fix=f"choose of {get_args(Fidelity)}"
+        )
+
+
 def microseconds(at: datetime) -> int:
-    """Since 1970. Raises: ValueError without a time zone: the same words would mean another time elsewhere."""
+    """Since 1970.
+
+    Raises: ValueError without a time zone: the same words would mean another time elsewhere; and for a time outside the years 1 to 9999
+        in UTC, which Python could not give back.
+    """
     if at.tzinfo is None:
         raise ValueError(f"{at} has no time zone: give it one, such as datetime.now(UTC)")
-    return (at - EPOCH) // timedelta(microseconds=1)
+    try:
+        return (at.astimezone(UTC) - EPOCH) // timedelta(microseconds=1)
+    except OverflowError:
+        raise ValueError(f"{at} is not within the years 1 to 9999 in UTC: give it another time") from None

@@ -118,6 +118,10 @@ class Marks:
         """Of the content hash of a record of a tenant: 16 bytes."""
         return self._hash(b"c" + self.tenant(tenant) + hash, 16)
 
+    def bands(self, tenant: str) -> int:
+        """What the bands of a tenant's records are mixed with: 64 bits, which stand nowhere in the store."""
+        return int.from_bytes(self._hash(b"b" + self.tenant(tenant), 8), "little")
+
     def _hash(self, data: bytes, length: int) -> bytes:
         return blake3.blake3(data, key=self._key).digest(length)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 COLD, SHARED, INDEX = "cold", "shared", "index"
 DICTIONARIES, MODEL, QUARANTINE = "dictionaries", "model", "quarantine"
+_ABOUT_SETTING = b"setting "
 SMALL_LEVEL = 19
 """Of zstd, for what is encoded once and kept long."""
 
@@ -63,7 +64,15 @@ class Parts:
             self.cold = Cold(path / COLD, readonly=readonly, announce=announce)
             self.contents = Contents(self.records, self.cold)
             self.open_codecs()
-            self.finder = Finder(self.records, self.shared, path / INDEX, asked=embedder, device=lambda: self.device, announce=announce)
+            self.finder = Finder(
+                self.records,
+                self.shared,
+                path / INDEX,
+                asked=embedder,
+                device=lambda: self.device,
+                announce=announce,
+                quarantined=lambda: self.quarantined,
+            )
             self._stack = stack.pop_all()
 
     @cached_property
@@ -90,7 +99,7 @@ class Parts:
     def open_codecs(self) -> None:
         """As the settings say which dictionaries and which model there are."""
         settings = self.records.settings()
-        said: dict[str, Any] = json.loads(settings.get(DICTIONARIES, b"{}"))
+        said: dict[str, Any] = json.loads(self.kept(DICTIONARIES) or b"{}")
         self._settings = settings.get(DICTIONARIES), settings.get(MODEL)
         dictionaries = {kind: bytes.fromhex(each["id"]) for kind, each in said.items()}
         self.zstd = ZstdCodec(self.shared, dictionaries=dictionaries, announce=self.announce)
@@ -114,17 +123,29 @@ class Parts:
                 self.finder.save()
             self._stack.close()
 
+    def kept(self, name: str) -> bytes | None:
+        """A setting that tells of records, such as the names of kinds; None if it was never set."""
+        value, seal = self.records.settings().get(name), self.records.seal
+        if value is None or seal is None or value[:2] in (b"{}", b'{"'):  # JSON in the clear, from before these were sealed
+            return value
+        return seal.unseal(value, _ABOUT_SETTING + name.encode())
+
+    def keep(self, name: str, value: bytes) -> None:
+        """Sets such a one, sealed where the store is encrypted."""
+        seal = self.records.seal
+        self.warm.set({name: value if seal is None else seal.seal(value, _ABOUT_SETTING + name.encode())})
+
     @property
     def quarantined(self) -> dict[int, str]:
         """Number of each record that has failed a check, and why."""
-        said: dict[str, str] = json.loads(self.records.settings().get(QUARANTINE, b"{}"))
+        said: dict[str, str] = json.loads(self.kept(QUARANTINE) or b"{}")
         return {int(id): why for id, why in said.items()}
 
     def quarantine(self, failed: Mapping[int, str]) -> None:
         """Records that have failed a check are no longer found; getting one says why. They leave it when they are put again."""
         if failed and not self.records.readonly:
             known = self.quarantined
-            self.warm.set({QUARANTINE: json.dumps({str(id): why for id, why in {**known, **failed}.items()}).encode()})
+            self.keep(QUARANTINE, json.dumps({str(id): why for id, why in {**known, **failed}.items()}).encode())
             self.finder.hot.remove(list(failed))
 
     def restored(self, ids: Iterable[int]) -> None:
@@ -132,4 +153,4 @@ class Parts:
         known = self.quarantined
         left = {str(id): why for id, why in known.items() if id not in set(ids)}
         if len(left) < len(known):
-            self.warm.set({QUARANTINE: json.dumps(left).encode()})
+            self.keep(QUARANTINE, json.dumps(left).encode())

@@ -57,9 +57,15 @@ def signatures(texts: Sequence[str | bytes]) -> Signatures:
     )
 
 
-def bands(minhash: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """[N, BANDS] of numbers to look up: two texts are candidates if they have one in common, wherever it stands."""
+def bands(minhash: NDArray[np.uint32], salt: int = 0) -> NDArray[np.int64]:
+    """[N, BANDS] of numbers to look up: two texts are candidates if they have one in common, wherever it stands.
+
+    Args:
+        salt: 64 bits; with different ones, texts have none in common. 0: without.
+    """
     band = np.tile(np.arange(1, BANDS + 1, dtype=np.uint64), (len(minhash), 1))
+    if salt:
+        band = _mix(band ^ np.uint64(salt))
     for column in np.moveaxis(minhash.reshape(len(minhash), BANDS, PERMUTATIONS // BANDS), 2, 0):
         band = _mix(band ^ column)
     return band.view(np.int64)

@@ -122,7 +122,7 @@ class Memory:
         parts, now = self.parts, time.time_ns() // 1000
         intake = Intake(parts, self.tenant)
         items = [intake.item(record, now) for record in records]
-        with parts.lock, parts.warm.write():
+        with parts.lock, parts.finder.changing(), parts.warm.write():
             last = {item.record.key: item for item in items}
             stored = {each.key: each for each in intake.put(list(last.values()))}
         return [stored[item.record.key] for item in items]
@@ -209,10 +209,10 @@ class Memory:
         """
         text = _text_of(self.get(key).content)
         found: list[tuple[str, Likeness]] = []
-        numbers = bands(signatures([text]).minhash)
+        numbers = bands(signatures([text]).minhash, self.parts.records.marks.bands(self.tenant))
         for row in self.parts.records.rows(self.parts.records.near(numbers)[0]).values():
-            if row.tenant == self.tenant and row.key != key:
-                found.append((row.key, verify(text, _text_of(self.get(row.key).content))))
+            if row.tenant == self.tenant and row.key != key and (there := self.get_many([row.key])):  # else deleted meanwhile
+                found.append((row.key, verify(text, _text_of(there[row.key].content))))
         return sorted(found, key=lambda each: -each[1].similarity)
 
     def infos(self) -> Iterator[Info]:
@@ -256,12 +256,12 @@ class Memory:
     def delete_many(self, keys: Sequence[str]) -> int:
         """Forget records. Returns: how many of them there were."""
         parts = self.parts
-        with parts.lock, parts.warm.write():
+        with parts.lock, parts.finder.changing(), parts.warm.write():
             ids = [id for id in parts.records.find_many([(self.tenant, key) for key in dict.fromkeys(keys)]) if id is not None]
             if changed := parts.contents.released(ids):
                 parts.warm.replace(changed, What.MOVE)
             parts.warm.delete(ids)
-            parts.finder.hot.remove(ids)
+            parts.finder.remove(ids)
             for id in ids:
                 parts.hot.pop(id, None)
             return len(ids)
@@ -298,10 +298,13 @@ class Memory:
 
     @staticmethod
     def repair(path: Path | str, *, keys: Keys | None = None, announce: Callable[[str], None] = _log.warning) -> Repaired:
-        """Make a damaged store sound, with all that can still be read; see `repair.repair`."""
+        """Make a damaged store sound, with all that can still be read; see `repair.repair` and `mend.mend_cold`."""
+        from pantheraml.memory.mend import mend_cold
         from pantheraml.memory.repair import repair
 
-        return repair(Path(path), keys=keys, announce=announce)
+        found = repair(Path(path), keys=keys, announce=announce)
+        with Memory.open(path, keys=keys, create=False, announce=announce) as memory:
+            return mend_cold(memory.parts, found)
 
     def export(self, path: Path | str) -> int:
         """Write all records of the tenant as lines of JSON. Returns how many.
@@ -311,8 +314,11 @@ class Memory:
         count = 0
         try:
             with Path(path).open("w", encoding="utf-8", errors="surrogatepass") as out:
-                for info in self.infos():
-                    content = self.get(info.key).content
+                for key in [info.key for info in self.infos()]:
+                    found = self.get_many([key]).get(key)
+                    if found is None:  # deleted meanwhile
+                        continue
+                    content, info = found.content, found.info
                     said: dict[str, Any] = (
                         {"base64": base64.b64encode(content).decode()} if isinstance(content, bytes) else {"content": content}
                     )

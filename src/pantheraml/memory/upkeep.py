@@ -20,7 +20,7 @@ from pantheraml.errors import DataError, StorageError
 from pantheraml.memory.container import DELTA, NEURAL, NEURAL_FLOAT, RAW, ZSTD, ZSTD_DICTIONARY
 from pantheraml.memory.contents import about, with_payload
 from pantheraml.memory.ledger import What
-from pantheraml.memory.parts import DICTIONARIES, Parts
+from pantheraml.memory.parts import DICTIONARIES, QUARANTINE, Parts
 from pantheraml.memory.policy import TIERS, Entries, plan_moves, worn_segments
 from pantheraml.memory.rows import Row
 from pantheraml.memory.zstd import FEWEST_SAMPLES, MOST_SAMPLE_BYTES
@@ -112,7 +112,7 @@ def compact(parts: Parts, *, now: float | None = None, progress: Progress = sile
         to_cold = _to_cold(parts, moves.cold.tolist(), progress)
         to_warm = _to_warm(parts, [id for id in moves.warm.tolist() if id not in parts.hot], progress)
         _heat(parts, hot=moves.hot.tolist(), no_more=[*moves.warm.tolist(), *moves.cold.tolist()])
-        removed = _remove_worn(parts)
+        removed = remove_worn(parts)
         sealed = _seal_again(parts)
         _give_back(parts)
         parts.finder.hot.catch_up()
@@ -132,7 +132,7 @@ def compact(parts: Parts, *, now: float | None = None, progress: Progress = sile
 
 def learn_dictionaries(parts: Parts) -> list[str]:
     """Train a dictionary for each kind that has records enough and none yet, or had far fewer then. Returns: those kinds."""
-    stored: dict[str, Any] = json.loads(parts.records.settings().get(DICTIONARIES, b"{}"))
+    stored: dict[str, Any] = json.loads(parts.kept(DICTIONARIES) or b"{}")
     counts: dict[str, int] = {}
     for row in parts.records.scan(damaged=lambda id, error: None):
         if _own(row):
@@ -148,7 +148,7 @@ def learn_dictionaries(parts: Parts) -> list[str]:
         stored[kind] = {"id": id.hex(), "records": count}
         learned.append(kind)
     if learned:
-        parts.warm.set({DICTIONARIES: json.dumps(stored).encode()})
+        parts.keep(DICTIONARIES, json.dumps(stored).encode())
         parts.open_codecs()
     return learned
 
@@ -274,8 +274,8 @@ def _heat(parts: Parts, *, hot: Sequence[int], no_more: Iterable[int]) -> None:
                 parts.hot[row.id] = content
 
 
-def _remove_worn(parts: Parts) -> int:
-    """Segments of which less than half is needed, or that an old data key may have sealed: what is needed is written again."""
+def remove_worn(parts: Parts, also: Iterable[int] = ()) -> int:
+    """Segments of which less than half is needed, or that an old data key may have sealed: what is needed is written again. also: these."""
     live: dict[int, int] = {}
     rows: dict[int, list[int]] = {}
     for row in parts.records.scan(tier="cold", damaged=lambda id, error: None):
@@ -285,7 +285,7 @@ def _remove_worn(parts: Parts) -> int:
     sizes = {segment: parts.cold.size_bytes(segment) for segment in parts.cold.segments()}
     seal = parts.records.seal
     rotated = seal is not None and len(seal.epochs) > 1  # what an old data key has sealed is sealed anew
-    worn = sorted(sizes) if rotated else worn_segments(sizes, live)
+    worn = sorted(sizes if rotated else {*worn_segments(sizes, live), *also})
     if not worn:
         return 0
     parts.cold.start_segment()
@@ -314,6 +314,9 @@ def _seal_again(parts: Parts) -> int:
     while (last := parts.warm.reseal(after)) is not None:
         after = last
     parts.shared.seal_again()
+    for name in (DICTIONARIES, QUARANTINE):
+        if (value := parts.kept(name)) is not None:
+            parts.keep(name, value)
     parts.finder.rebuild()  # its files were sealed with an old one, too
     parts.finder.save()
     parts.warm.retire()
