@@ -275,11 +275,11 @@ def _record(line: bytes, where: str, kind: str | None) -> Record:
             microseconds(created)  # it has a time zone
         if not (isinstance(key, str | int) and isinstance(kind, str) and isinstance(metadata, dict)):
             raise TypeError("key and kind are text, and metadata is an object")
-        return Record(key=str(key), content=content, kind=kind, created=created, metadata=metadata)
+        return Record(key=str(key), content=content, kind=kind, created=created, metadata=metadata, fidelity=row.get("fidelity", "exact"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{where} is no record: {type(error).__name__} {error}",
-            why="a row is a JSON object with key and content (or base64), and maybe kind, created and metadata",
+            why="a row is a JSON object with key and content (or base64), and maybe kind, created, metadata and fidelity",
             fix="correct the line, or take it out; nothing of this file was kept",
         ) from error
 

@@ -201,3 +201,26 @@ def test_of_equal_records_those_put_first_are_found_first(tmp_path: Path):
         assert [hit.key for hit in memory.search("the same tie text", 31)] == wanted
     with Memory.open(tmp_path) as memory:
         assert [hit.key for hit in memory.search("the same tie text", 31)] == wanted
+
+
+def test_an_export_says_which_records_are_gists_and_comes_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, pair = tmp_path / "out.jsonl", "\ud83d\ude00"  # two lone surrogates, which are no character together
+    with Memory.open(tmp_path / "s", summarise=lambda texts: ["a summary"] * len(texts)) as memory:
+        memory.put("short", TEXT, fidelity="gist")
+        memory.put("pair", pair)
+        assert memory.export(out) == 2
+        rows = {row["key"]: row for row in map(json.loads, out.read_text("utf-8", "surrogatepass").splitlines())}
+        assert rows["short"]["fidelity"] == "gist" and rows["short"]["content"] == "a summary" and "fidelity" not in rows["pair"]
+        assert rows["pair"]["content"] == pair
+        before = out.read_bytes()
+        whole = memory.get_many
+
+        def damaged(keys: list[str]) -> Any:
+            if keys == ["pair"]:
+                raise StorageError("record 'pair' is damaged", why="a byte has changed", fix="repair it")
+            return whole(keys)
+
+        monkeypatch.setattr(memory, "get_many", damaged)
+        with pytest.raises(StorageError, match="pair"):
+            memory.export(out)
+        assert out.read_bytes() == before and [each.name for each in tmp_path.glob("out*")] == ["out.jsonl"]

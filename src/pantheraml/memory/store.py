@@ -14,6 +14,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from logging import getLogger
 from pathlib import Path
@@ -307,30 +308,30 @@ class Memory:
             return mend_cold(memory.parts, found)
 
     def export(self, path: Path | str) -> int:
-        """Write all records of the tenant as lines of JSON. Returns how many.
+        """Write all records of the tenant as lines of JSON. Returns how many. The file is there, or changed, only once it is whole.
 
         Raises: StorageError for a record that is damaged, or if the file cannot be written.
         """
-        count = 0
+        path, count = Path(path), 0
+        unfinished = path.with_name(f"{path.name}.part")
         try:
-            with Path(path).open("w", encoding="utf-8", errors="surrogatepass") as out:
+            with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as out:
                 for key in [info.key for info in self.infos()]:
                     found = self.get_many([key]).get(key)
                     if found is None:  # deleted meanwhile
                         continue
-                    content, info = found.content, found.info
-                    said: dict[str, Any] = (
-                        {"base64": base64.b64encode(content).decode()} if isinstance(content, bytes) else {"content": content}
-                    )
-                    about = {"kind": info.kind, "created": info.created.isoformat(), "metadata": dict(info.metadata)}
-                    out.write(json.dumps({"key": info.key, **said, **about}) + "\n")
+                    out.write(json.dumps(_line(found), ensure_ascii=False) + "\n")
                     count += 1
+            unfinished.replace(path)
         except OSError as error:
             raise StorageError(
                 f"{path} cannot be written: {error.strerror or error}",
                 why="the records go there",
                 fix="name a file in a folder that you may write to",
             ) from error
+        finally:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
         return count
 
     def close(self) -> None:
@@ -343,6 +344,15 @@ class Memory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _line(found: Decoded) -> dict[str, Any]:
+    """A record as `pantheraml memory import` reads it. Of a gist that is its summary."""
+    content, info = found.content, found.info
+    said: dict[str, Any] = {"key": info.key}
+    said |= {"base64": base64.b64encode(content).decode()} if isinstance(content, bytes) else {"content": content}
+    said |= {"kind": info.kind, "created": info.created.isoformat(), "metadata": dict(info.metadata)}
+    return said if found.exact else said | {"fidelity": "gist"}
 
 
 def _text_of(content: Content) -> str:
