@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from tests.council.conftest import Said, Service, completion
 
 from pantheraml.council import DEFAULT_PERSONAS, Local, Settings, debate
 from pantheraml.council.endpoint import ATTEMPTS, Client
-from pantheraml.council.persona import Endpoint
+from pantheraml.council.persona import Endpoint, Persona
 from pantheraml.council.reply import Ask, CancelledError
 from pantheraml.errors import PantheraError, RecipeError
 
@@ -134,6 +137,33 @@ def test_a_service_that_is_not_there_or_says_nothing(service: Service) -> None:
     gone = Endpoint(url="http://127.0.0.1:9/v1", model="m", timeout_s=2)
     with Client(gone, wait=lambda _: None) as there, pytest.raises(PantheraError, match="cannot be reached after 4 attempts: ConnectError"):
         there.ask(asked(service))
+
+
+def test_a_service_that_sends_headers_without_an_end_is_given_up() -> None:
+    """Each byte is there within the time-out of a read, so only the whole tells that it takes too long."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            there, _ = server.accept()
+            with there, suppress(OSError):
+                there.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while not over.wait(0.02):
+                    there.sendall(b"x")
+
+        over = threading.Event()
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+            slow = Persona(name="slow", prompt="Think.", endpoint=Endpoint(url=url, model="m", timeout_s=0.2))
+            found = debate("Why?", [slow], Settings(rounds=1))
+            assert [turn.error for turn in found.turns] == [f"{url} gave no answer in 0.4 s"]
+            later = time.monotonic() + 0.5  # it is asked by then
+            patient = replace(slow, endpoint=Endpoint(url=url, model="m", timeout_s=600))
+            assert debate("Why?", [patient], cancelled=lambda: time.monotonic() > later).ended == "cancelled"
+        finally:
+            over.set()
+            dripping.join()
 
 
 def test_it_does_not_follow_to_somewhere_else_with_the_key(service: Service) -> None:

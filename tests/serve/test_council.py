@@ -107,3 +107,13 @@ def test_advisors_can_be_services(council: Running) -> None:
     assert [turn.text for turn in by_wire.turns] == [turn.text for turn in at_home.turns]
     assert all(turn.error is None and turn.tokens for turn in by_wire.turns)
     assert [turn.mean_logprob for turn in by_wire.turns] == pytest.approx([turn.mean_logprob for turn in at_home.turns], abs=1e-4)
+
+
+def test_clients_do_not_hear_where_services_are(folders: Path) -> None:
+    url = "http://127.0.0.1:9/v1"  # nothing listens there
+    far = Persona(name="far", prompt="Answer.", endpoint=Endpoint(url=url, model="x", key_env="SECRET_NAME", timeout_s=1))
+    with running(folders / "model", personas=(far, PERSONAS[0]), keys={"SECRET_NAME": "k"}) as here:
+        said = here.post("/v1/council", question="Why?", max_tokens=8, rounds=1)
+        assert said.status_code == 200 and "127.0.0.1:9" not in said.text and "SECRET_NAME" not in said.text
+        assert any("a service cannot be reached" in (turn["error"] or "") for turn in said.json()["turns"])
+        assert Transcript.from_dict(said.json()).personas[0].endpoint is None

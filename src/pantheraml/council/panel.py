@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from math import ceil
 from typing import TYPE_CHECKING
 
 from pantheraml.council.endpoint import Client
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16
 """Questions to services."""
+LONGEST = 2.0
+"""Times a service's time-out until its answer is given up: it is asked again until the time-out, and may take as long once more."""
+LOOK_S = 0.1
+"""Between two looks whether the debate was cancelled."""
 
 
 class Panel:
@@ -59,13 +65,15 @@ class Panel:
         afar = [i for i, each in enumerate(asks) if each.persona.endpoint is not None]
         near = [i for i, each in enumerate(asks) if each.persona.endpoint is None]
         found: dict[int, Reply | Failed] = {}
+        begun = time.monotonic()
         pool = ThreadPoolExecutor(max(1, min(AT_ONCE, len(afar))))
         try:
             coming = {i: pool.submit(self._afar, asks[i], heard, cancelled) for i in afar}
             if near:
                 assert self.speaker is not None
                 found.update(zip(near, self.speaker.ask([asks[i] for i in near], heard, cancelled), strict=True))
-            found.update({i: future.result() for i, future in coming.items()})
+            until = {i: begun + ceil(len(afar) / AT_ONCE) * LONGEST * _endpoint(asks[i]).timeout_s for i in afar}
+            found.update({i: _arrived(asks[i], future, until[i], cancelled) for i, future in coming.items()})
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # where something was raised, nobody waits for the services
         if cancelled():
@@ -73,14 +81,28 @@ class Panel:
         return [found[i] for i in range(len(asks))]
 
     def _afar(self, ask: Ask, heard: Heard | None, cancelled: Callable[[], bool]) -> Reply | Failed:
-        assert ask.persona.endpoint is not None
         try:
-            reply = self._clients[ask.persona.endpoint].ask(ask, cancelled)
+            reply = self._clients[_endpoint(ask)].ask(ask, cancelled)
         except PantheraError as error:
             return Failed(why=error.what)
         if heard is not None:
             heard(ask, reply.text)
         return reply
+
+
+def _endpoint(ask: Ask) -> Endpoint:
+    assert ask.persona.endpoint is not None
+    return ask.persona.endpoint
+
+
+def _arrived(ask: Ask, future: Future[Reply | Failed], until: float, cancelled: Callable[[], bool]) -> Reply | Failed:
+    """The answer of a service. One that sends without an end is not waited for, nor any once the debate is cancelled."""
+    while not wait([future], LOOK_S).done:
+        if cancelled():
+            raise CancelledError
+        if time.monotonic() > until:
+            return Failed(why=f"{_endpoint(ask).url} gave no answer in {LONGEST * _endpoint(ask).timeout_s:g} s")
+    return future.result()
 
 
 def _key(persona: Persona, endpoint: Endpoint, keys: Mapping[str, str]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import asdict
@@ -66,6 +66,7 @@ class Deliberation:
         personas, settings = self.check(body)
         loop, ended = asyncio.get_running_loop(), threading.Event()
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        urls = [persona.endpoint.url for persona in personas if persona.endpoint is not None]
 
         def tell(event: Event) -> None:
             with suppress(RuntimeError):  # the loop has ended, and with it all clients
@@ -79,8 +80,8 @@ class Deliberation:
         timer = loop.call_later(self._service.limits.seconds, ended.set)
         try:
             while (event := await queue.get()) is not None:
-                yield _event(event)
-            yield {"event": "transcript", "transcript": _finite(await held)}
+                yield _event(event, urls)
+            yield {"event": "transcript", "transcript": _told(await held, urls)}
         finally:
             timer.cancel()
             ended.set()
@@ -155,21 +156,25 @@ class Deliberation:
             raise Refusal(400, f"the persona {asked.name!r} cannot be used: {error}", param="personas") from error
 
 
-def _event(event: Event) -> dict[str, Any]:
+def _event(event: Event, urls: Sequence[str]) -> dict[str, Any]:
     said: dict[str, Any] = {"event": event.kind, "text": event.text}
     if event.round >= 0:
         said["round"] = event.round
     if event.advisor:
         said["advisor"] = event.advisor
     if event.turn is not None:
-        said["turn"] = _finite(asdict(event.turn))
-    return said
+        said["turn"] = asdict(event.turn)
+    return _told(said, urls)
 
 
-def _finite(said: Any) -> Any:
-    """The same with nothing in the place of numbers that JSON does not have."""
+def _told(said: Any, urls: Sequence[str]) -> Any:
+    """What a client hears: nothing in the place of numbers that JSON does not have, and not where the services of personas are."""
     if isinstance(said, dict):
-        return {name: _finite(value) for name, value in said.items()}
+        return {name: None if name == "endpoint" else _told(value, urls) for name, value in said.items()}
     if isinstance(said, list | tuple):
-        return [_finite(value) for value in said]
+        return [_told(value, urls) for value in said]
+    if isinstance(said, str):
+        for url in urls:
+            said = said.replace(url, "a service")
+        return said
     return None if isinstance(said, float) and not math.isfinite(said) else said
