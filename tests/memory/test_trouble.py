@@ -224,3 +224,12 @@ def test_an_export_says_which_records_are_gists_and_comes_as_a_whole_or_not_at_a
         with pytest.raises(StorageError, match="pair"):
             memory.export(out)
         assert out.read_bytes() == before and [each.name for each in tmp_path.glob("out*")] == ["out.jsonl"]
+
+
+def test_what_was_put_here_is_taken_into_the_index_once(memory: Memory):
+    """A search after a put read all that was put since the start once more, and what a graph had was no longer in it."""
+    memory.put_many(Record(key=str(i), content=f"{TEXT} {i}") for i in range(50))
+    before = memory.parts.finder.hot.next_serial
+    assert memory.search(TEXT, 3) and memory.parts.finder.hot.next_serial == before
+    memory.put("1", "Something else.")
+    assert memory.search("something else", 1)[0].key == "1" and memory.parts.finder.hot.next_serial == before + 1

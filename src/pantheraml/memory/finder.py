@@ -151,7 +151,9 @@ class Finder:
             self._changing = None
 
     def refresh(self) -> None:
-        """What another process has written since."""
+        """What another process has written since. Beside one that writes there is none; what it wrote itself was added then."""
+        if not self._records.readonly:
+            return
         with self._lock:
             version = self._records.data_version()
             if version == self._version:
