@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(store, how, error, 
 # Putting, finding, changing
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(many=st.lists(rows().filter(lambda each: each.base is None), min_size=1, max_size=8, unique_by=lambda each: (each.tenant, each.key)))
 def test_what_is_put_is_read_and_found(store, many):
     store.delete(list(store.rows(range(1, 10_000))))
