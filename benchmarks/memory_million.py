@@ -1,6 +1,7 @@
 """A million small records in the memory, in SQLite's FTS5 and in LanceDB: how fast they go in, how fast and how well they are found.
 
-    python benchmarks/memory_million.py [--quick] [--records N] [--queries N] [--only NAME ...] [--folder PATH] [--seed N]
+    python benchmarks/memory_million.py [--quick] [--records N] [--queries N] [--only NAME ...] [--limit MINUTES]
+                                     [--folder PATH] [--seed N]
 
 Records of about 100 bytes: a number of its own, half a sentence and half another one of real text (the docstrings and pages of
 corpora.py), and a figure; the seed decides them all. A query is a part of a record, some words of which are left out, without its number.
@@ -19,7 +20,8 @@ the share of queries whose own record is found. Memory is what the process holds
 the disk is read when all is closed. What is opened again answers one query. Seconds are those of the clock; beside them stand those
 that all cores of the contestant computed, which tell what was slow for itself and what waited for others.
 
-The last line is JSON. The exit status is 1 if a contestant fails, or finds less than there is.
+A contestant that is not done within the limit is ended and has no figures, which the table says. The last line is JSON. The exit status is 1
+if a contestant fails or finds less than there is, or if the memory is not done.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ QUERIES, QUICK_QUERIES = 1000, 200
 BATCH = 10_000
 """Records that are put at once."""
 K = 10
+LIMIT_MINUTES = 40.0
 WARM_UP = 20
 """Queries before the ones that count."""
 EXACT_QUERIES = 50
@@ -62,7 +65,7 @@ CACHE_KIB = 65_536
 ROWS_PER_PARTITION, VALUES_PER_SUBVECTOR, SHARE_OF_PARTITIONS, FEWEST_PARTITIONS, REFINE = 4096, 8, 0.1, 20, 10
 """LanceDB's IVF_PQ, as its documentation recommends: partitions of some thousand rows, 8 values to a byte, 5 to 10% of the partitions
 looked at (20 is the default), and ten times as many candidates compared with the vectors themselves."""
-BREADTH = 192
+BREADTH = 384
 """Candidates that a search of LanceDB's IVF_HNSW_SQ looks at: as many as ours. One partition, as recommended; the rest by default."""
 PACKAGES = ("numpy", "usearch", "lancedb", "pantheraml")
 SUBJECTS = ("order", "ticket", "run", "host", "user", "build", "invoice", "job")
@@ -80,6 +83,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME", help=f"of {', '.join(CONTESTANTS)}"
     )
+    parser.add_argument("--limit", type=float, default=LIMIT_MINUTES, metavar="MINUTES", help="of a contestant (default: %(default)g)")
     parser.add_argument("--folder", type=Path, metavar="PATH", help="where the stores are made, and stay (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=3407, help="(default: %(default)s)")
     parser.add_argument("--as-child", choices=CONTESTANTS, help=argparse.SUPPRESS)
@@ -115,7 +119,7 @@ def compare(folder: Path, about: dict[str, Any], count: int, queries: int, asked
             results[name] = {"absent": "not installed (pip install lancedb)"}
             continue
         say(f"{name}: {count:,} records")
-        results[name] = run_child(name, folder)
+        results[name] = run_child(name, folder, asked.limit)
     say("brute force")
     nearest = Truth(texts, asks)
     for each in (result for result in results.values() if "absent" not in result):
@@ -126,7 +130,7 @@ def compare(folder: Path, about: dict[str, Any], count: int, queries: int, asked
         if exact := each.pop("exact", None):
             each["exact_recall"] = nearest.recall(exact)
     nearest_hit = sum(i in keys for i, keys in zip(wanted, nearest.ids.tolist(), strict=True)) / queries
-    ok = all(each.get("short", 0) == 0 for each in results.values())
+    ok = all(each.get("short", 0) == 0 for each in results.values()) and "absent" not in results.get("memory", {})
     show(results, count)
     print(f"hit@{K} by brute force: {nearest_hit:.3f}")
     print(
@@ -428,10 +432,13 @@ CONTESTANTS: dict[str, Callable[[Path], Contestant]] = {
 }
 
 
-def run_child(name: str, folder: Path) -> dict[str, Any]:
-    """What a contestant's process reports. Raises: SystemExit with what it said, if it failed."""
+def run_child(name: str, folder: Path, minutes: float) -> dict[str, Any]:
+    """What a contestant's process reports, if it is done by then. Raises: SystemExit with what it said, if it failed."""
     command = [sys.executable, __file__, "--as-child", name, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=minutes * 60)
+    except subprocess.TimeoutExpired:
+        return {"absent": f"not done within {minutes:g} minutes"}
     if done.returncode:
         sys.exit(f"{name} failed with status {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}")
     return json.loads((folder / f"{name}.json").read_text("utf-8"))

@@ -172,9 +172,9 @@ class Finder:
             if change.id:
                 changed[change.id] = change.what
         self._seq = seq
-        gone = [id for id, what in changed.items() if what in (What.DELETE, What.LOST)]
-        self.hot.remove(gone)
-        rows = self._records.rows([id for id in changed if id not in set(gone)], damaged=lambda id, error: None)
+        gone = {id for id, what in changed.items() if what in (What.DELETE, What.LOST)}
+        self.hot.remove(sorted(gone))
+        rows = self._records.rows([id for id in changed if id not in gone], damaged=lambda id, error: None)
         self.add(rows.values())
         self.hot.remove(list(self._quarantined()))
 

@@ -19,11 +19,11 @@ from pantheraml.errors import MissingExtra
 from pantheraml.memory.columns import Block
 from pantheraml.memory.features import I64
 
-LINKS = 16
-"""Of a vector, on the upper floors of the graph; twice as many on the lowest. About 200 bytes a vector."""
-BUILD_BREADTH = 64
+LINKS = 24
+"""Of a vector, on the upper floors of the graph; twice as many on the lowest. About 300 bytes a vector."""
+BUILD_BREADTH = 96
 """Candidates that are looked at for each vector that is put in."""
-BREADTH = 256
+BREADTH = 384
 """Candidates that a search looks at, at least."""
 STEP_ROWS = 16
 """Put in at once, while searches wait: some milliseconds."""

@@ -102,7 +102,7 @@ class Hot:
 
     @property
     def memory_bytes(self) -> int:
-        """Of rows that are used; without graphs, which take about 200 for each of theirs."""
+        """Of rows that are used; without graphs, which take about 300 for each of theirs."""
         row = self.dimensions * 9 // 8 + 53
         return sum(block.count * row + len(block.tag) * 12 for block in self.blocks) + 16 * len(self)
 

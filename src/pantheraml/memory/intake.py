@@ -136,7 +136,8 @@ class Intake:
         if old:
             parts.restored(old)
         parts.finder.add(rows)
-        keys = {row.id: row.key for row in rows} | {id: row.key for id, row in warm.rows([o for o in owners if o not in set(ids)]).items()}
+        elsewhere = set(owners) - set(ids)
+        keys = {row.id: row.key for row in rows} | {id: row.key for id, row in warm.rows(sorted(elsewhere)).items()}
         likeness = dict(zip(own, near, strict=True))
         return [self._stored(row, keys.get(owner), likeness.get(i)) for i, (row, owner) in enumerate(zip(rows, owners, strict=True))]
 

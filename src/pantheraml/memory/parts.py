@@ -150,7 +150,7 @@ class Parts:
 
     def restored(self, ids: Iterable[int]) -> None:
         """They were put again."""
-        known = self.quarantined
-        left = {str(id): why for id, why in known.items() if id not in set(ids)}
+        known, back = self.quarantined, set(ids)
+        left = {str(id): why for id, why in known.items() if id not in back}
         if len(left) < len(known):
             self.keep(QUARANTINE, json.dumps(left).encode())
