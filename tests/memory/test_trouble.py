@@ -17,6 +17,7 @@ from tests.memory.stores import lines
 
 from pantheraml.errors import DataError, StorageError
 from pantheraml.memory.aio import AsyncMemory
+from pantheraml.memory.connections import sqlite_errors
 from pantheraml.memory.database import Database
 from pantheraml.memory.policy import Budgets
 from pantheraml.memory.record import Record
@@ -233,3 +234,25 @@ def test_what_was_put_here_is_taken_into_the_index_once(memory: Memory):
     assert memory.search(TEXT, 3) and memory.parts.finder.hot.next_serial == before
     memory.put("1", "Something else.")
     assert memory.search("something else", 1)[0].key == "1" and memory.parts.finder.hot.next_serial == before + 1
+
+
+def test_texts_of_a_training_that_was_killed_go_when_the_store_is_next_written(tmp_path: Path):
+    """They are in the clear, so they lie in the store and not where others may look, and do not stay there."""
+    Memory.open(tmp_path / "s").close()
+    left = tmp_path / "s" / "training" / "rows.jsonl"
+    left.parent.mkdir()
+    left.write_text(TEXT)
+    Memory.open(tmp_path / "s", readonly=True).close()
+    assert left.exists()
+    Memory.open(tmp_path / "s").close()
+    assert not left.parent.exists()
+
+
+def test_a_disk_that_does_not_read_is_not_called_a_damaged_page(tmp_path: Path):
+    def trouble(said: str) -> StorageError:
+        with pytest.raises(StorageError) as caught, sqlite_errors(tmp_path):
+            raise sqlite3.OperationalError(said)
+        return caught.value
+
+    assert "did not read or write" in trouble("disk I/O error").why
+    assert "page may be damaged" in trouble("database disk image is malformed").why

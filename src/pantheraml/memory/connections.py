@@ -117,6 +117,11 @@ def sqlite_errors(folder: Path) -> Iterator[None]:
             why, fix = "what was committed before stands, and nothing of this was", "free space and try again"
         elif "locked" in said or "readonly" in said:
             why, fix = "another program holds it, or you may not write there", "close that program; correct the permissions of the folder"
+        elif "disk I/O" in said:
+            why, fix = (
+                "the disk did not read or write",
+                "see what the system says of the disk; then `pantheraml memory verify` names what it lost",
+            )
         else:
             why, fix = "SQLite cannot make sense of it: a page may be damaged", f"`pantheraml memory verify` names it; {REPAIR}"
         raise StorageError(f"{folder / DB}: {said}", why=why, fix=fix) from error

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pantheraml.errors import DataError
 from pantheraml.memory.embed import TRAIN_CHARACTERS, StaticEmbedder
 from pantheraml.memory.finder import SETTING, STATIC_SUFFIX
 from pantheraml.memory.ledger import What
-from pantheraml.memory.parts import MODEL, Parts
+from pantheraml.memory.parts import MODEL, TRAINING, Parts
 from pantheraml.memory.rows import Row
 from pantheraml.memory.upkeep import AT_ONCE, Progress, batches, learn_dictionaries, silent
 
@@ -132,16 +131,19 @@ def _learn_model(parts: Parts, minutes: float) -> tuple[str, float]:
         texts.append(text)
         kinds.append(row.kind)
     device = parts.device
-    with TemporaryDirectory(prefix="pantheraml-memory-") as folder:  # it holds texts in the clear
+    folder = parts.path / TRAINING
+    try:
         made = train_model(
             texts,
-            Path(folder) / "run",
+            folder,
             parts.shared,
             kinds=kinds,
             minutes=minutes,
             hardware=HardwareAsk(kind=device.kind, index=device.index),
             announce=parts.announce,
         )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     parts.warm.set({MODEL: made.id.hex().encode()})
     parts.open_codecs()
     return made.id.hex(), made.measured.bits

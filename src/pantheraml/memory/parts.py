@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pantheraml.memory.neural import NeuralCodec
 
 COLD, SHARED, INDEX = "cold", "shared", "index"
+TRAINING = "training"
+"""Folder in which a model is trained; it holds texts in the clear, and goes with the training, or when the store is next opened to be written."""
 DICTIONARIES, MODEL, QUARANTINE = "dictionaries", "model", "quarantine"
 _ABOUT_SETTING = b"setting "
 SMALL_LEVEL = 19
@@ -60,6 +63,8 @@ class Parts:
             how: dict[str, Any] = {"readonly": readonly, "create": create, "wait_s": wait_s, "announce": announce}
             self.records: Records = stack.enter_context(opened(path, keys=keys, **how))
             readonly = readonly or self.records.readonly
+            if not readonly:
+                shutil.rmtree(path / TRAINING, ignore_errors=True)
             self.shared = Shared(path / SHARED, readonly=readonly, announce=announce, seal=lambda: self.records.seal)
             self.cold = Cold(path / COLD, readonly=readonly, announce=announce)
             self.contents = Contents(self.records, self.cold)
