@@ -26,13 +26,12 @@ from itertools import product
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
-from generate import QUICK, SIZES
+from generate import QUICK, SIZES, adapted
 
 if TYPE_CHECKING:
     from pantheraml.council import Local, Transcript
     from pantheraml.models.request import Answer, Request
 
-RANK = 16
 QUESTION = "The harbour of a town of ten thousand people silts up every winter. Should it be dredged each spring, moved, or given up?"
 
 
@@ -151,8 +150,7 @@ def measure(asked: argparse.Namespace, *, new: int, rounds: int) -> dict[str, An
     from pantheraml.council import Local, Persona, Settings, debate
     from pantheraml.hardware.backend import backend_of
     from pantheraml.hardware.find import find
-    from pantheraml.models.adapters import attach
-    from pantheraml.recipe.types import HardwareAsk, LoRA
+    from pantheraml.recipe.types import HardwareAsk
 
     device = find(HardwareAsk(kind=asked.kind, threads=asked.threads)).device
     backend = backend_of(device)
@@ -164,14 +162,7 @@ def measure(asked: argparse.Namespace, *, new: int, rounds: int) -> dict[str, An
     parameters = sum(each.numel() for each in model.parameters())
     names = [f"advisor{i}" for i in range(asked.advisors)]
     if asked.adapters:
-        tuned = attach(model, LoRA(rank=RANK), seed=0)
-        for name in names:
-            tuned.add_adapter(name, tuned.peft_config["default"])
-        with torch.no_grad():
-            for name, weight in tuned.named_parameters():
-                if ".lora_B." in name:
-                    weight.normal_(std=0.02)
-        model = tuned.to(model.dtype).eval()
+        model = adapted(model, names)
     tokenizer = letters(config.vocab_size)
     personas = [
         Persona(

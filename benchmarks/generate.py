@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ADAPTERS = 8
@@ -75,6 +75,23 @@ def main() -> int:
     return 0 if result["ok"] else 1
 
 
+def adapted(model: Any, names: Sequence[str]) -> Any:
+    """The model with a LoRA of each name, of rank 16 and with random weights, in its own dtype."""
+    import torch
+
+    from pantheraml.models.adapters import attach
+    from pantheraml.recipe.types import LoRA
+
+    tuned = attach(model, LoRA(rank=RANK), seed=0)
+    for name in names:
+        tuned.add_adapter(name, tuned.peft_config["default"])
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_(std=0.02)
+    return tuned.to(model.dtype).eval()
+
+
 def measure(asked: argparse.Namespace, *, prompt: int, new: int, rounds: int) -> dict[str, Any]:
     """All contestants, in turns."""
     import torch
@@ -82,10 +99,9 @@ def measure(asked: argparse.Namespace, *, prompt: int, new: int, rounds: int) ->
 
     from pantheraml.hardware.backend import backend_of
     from pantheraml.hardware.find import find
-    from pantheraml.models.adapters import attach
     from pantheraml.models.batch import Batcher
     from pantheraml.models.request import Request
-    from pantheraml.recipe.types import HardwareAsk, LoRA
+    from pantheraml.recipe.types import HardwareAsk
 
     device = find(HardwareAsk(kind=asked.kind, threads=asked.threads)).device
     backend = backend_of(device)
@@ -99,16 +115,6 @@ def measure(asked: argparse.Namespace, *, prompt: int, new: int, rounds: int) ->
     drawn = torch.randint(7, config.vocab_size, (32, prompt), generator=draw).tolist()
     shared = [drawn[0][: prompt * 3 // 4] + each[prompt * 3 // 4 :] for each in drawn]
     names = [f"advisor{i}" for i in range(ADAPTERS)]
-
-    def adapted() -> Any:
-        tuned = attach(model, LoRA(rank=RANK), seed=0)
-        for name in names:
-            tuned.add_adapter(name, tuned.peft_config["default"])
-        with torch.no_grad():
-            for name, weight in tuned.named_parameters():
-                if ".lora_B." in name:
-                    weight.normal_(std=0.02)
-        return tuned.to(model.dtype).eval()
 
     def one_by_one(of: Any, rows: list[list[int]], adapters: list[str] | None = None) -> list[tuple[int, ...]]:
         found = []
@@ -152,7 +158,7 @@ def measure(asked: argparse.Namespace, *, prompt: int, new: int, rounds: int) ->
         "ours-shared": one_by_one(model, shared[:4]),
     }
     wanted["ours-32"] = wanted["ours-8"]
-    tuned = adapted()
+    tuned = adapted(model, names)
     contestants |= {
         "peft": (drawn[:2], lambda: one_by_one(tuned, drawn[:2], names)),
         "ours-8-adapters": (drawn[:8], ours(tuned, drawn[:8], names)),

@@ -492,6 +492,7 @@ def test_rows_are_as_many_as_fit_into_free_memory(small: Any, tokenizer: Any) ->
     reading = 512 * (6 * 128 + 3 * 352) * 4 + 512 * 263
     backend.free_bytes = (RUNTIME_BYTES + reading + 20 * row + row // 2) * 10 // 9
     assert Batcher(model, tokenizer, backend=backend, tokens=400).rows == 20
+    assert Batcher(model, tokenizer, backend=backend, tokens=400, most_rows=3).rows == 3
     backend.free_bytes = 100 << 20
     with pytest.raises(DeviceError, match="an answer needs 454 KiB beside the model, and 100 MiB are free"):
         Batcher(model, tokenizer, backend=backend, tokens=400)

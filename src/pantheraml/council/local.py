@@ -92,15 +92,12 @@ class Local:
         Args:
             called: what personas call an adapter -> its name in the PEFT model; with any, `adapter` must be one of these or None.
         """
-        from pantheraml.models.batch import ROW_TOKENS, Batcher
+        from pantheraml.models.batch import Batcher
         from pantheraml.models.head import causal_model
 
-        config = causal_model(model).config.get_text_config()
-        row_tokens = tokens or min(ROW_TOKENS, getattr(config, "max_position_embeddings", None) or ROW_TOKENS)
-        count = rows or min(wanted, _fitting(model, name, row_tokens, device))
         others = list((called or {}).values())
         names = others if adapter is None or adapter in others else [adapter, *others]
-        batcher = Batcher(model, tokenizer, rows=count, tokens=row_tokens, adapters=names)
+        batcher = Batcher(model, tokenizer, rows=rows, most_rows=wanted, tokens=tokens, adapters=names)
         dtype = str(causal_model(model).dtype).removeprefix("torch.")
         return cls(batcher=batcher, tokenizer=tokenizer, name=name, adapter=adapter, called=called or {}, device=device, dtype=dtype)
 
@@ -235,60 +232,17 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
     return [{"role": second["role"], "content": f"{first['content']}\n\n{second['content']}"}, *rest]
 
 
-def _fitting(model: Any, name: str, tokens: int, device: Device | None) -> int:
-    """How many rows fit into the memory that is free, by the arithmetic of planning/answers.py."""
-    from pantheraml.hardware.backend import backend_of
-    from pantheraml.models.head import causal_model
-    from pantheraml.models.load import shape_of
-    from pantheraml.models.rows import PROMPT_TOKENS
-    from pantheraml.planning.answers import answer_rows, row_bytes, working_bytes
-
-    shape = shape_of(model, name)
-    each = max(2, causal_model(model).dtype.itemsize)
-    free_bytes = None if device is None else backend_of(device).memory(device.index).free_bytes
-    token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * each
-    return answer_rows(
-        free_bytes,
-        row_bytes=row_bytes(token_bytes=token_bytes, tokens=tokens, vocab=shape.vocab),
-        working_bytes=working_bytes(
-            tokens=PROMPT_TOKENS, hidden=shape.hidden, intermediate=shape.intermediate, vocab=shape.vocab, compute_bytes_each=each
-        ),
-    )
-
-
 def _adapted(model: Any, adapters: Mapping[str, str]) -> tuple[Any, str | None, dict[str, str]]:
     """The model with more adapters; the one that it had before, and what each is called in it."""
     if not adapters:
         return model, None, {}
     from peft import PeftModel
 
+    from pantheraml.models.adapters import add_adapter
+    from pantheraml.trainer.folder import adapter_folder
+
     own = str(model.active_adapter) if isinstance(model, PeftModel) else None
-    called: dict[str, str] = {}
-    for number, (said, place) in enumerate(adapters.items()):
-        folder = _adapter_folder(said, place)
-        called[said] = f"advisor{number}"  # a name in a model has no dots, and a path may
-        try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(folder), adapter_name=called[said])
-            else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=called[said])
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise RecipeError(
-                f"the adapter {said} does not fit the model: {str(error).splitlines()[0]}",
-                why="it was trained on another one",
-                fix="name an adapter of this model",
-            ) from error
-    return model.eval(), own, called
-
-
-def _adapter_folder(said: str, place: str) -> Path:
-    from pantheraml.trainer.folder import ADAPTER
-
-    for folder in (Path(place), Path(place) / ADAPTER):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise RecipeError(
-        f"there is no adapter {said} in {place}",
-        why="it has no adapter_config.json, and no adapter/ with one",
-        fix="name the folder of a LoRA adapter, or of a run that has ended",
-    )
+    called = {said: f"advisor{number}" for number, said in enumerate(adapters)}  # a name in a model has no dots, and a path may
+    for said, place in adapters.items():
+        model = add_adapter(model, called[said], adapter_folder(Path(place)))
+    return model, own, called

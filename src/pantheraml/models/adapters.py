@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import RecipeError
@@ -25,6 +26,27 @@ def linear_names(model: Any) -> list[str]:
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not bypassed(model.get_submodule(owner), last):
             found[last] = None
     return list(found)
+
+
+def add_adapter(model: Any, name: str, folder: Path) -> PeftModel:
+    """The model with an adapter that was trained before, beside those that it has. name: in the model, without dots.
+
+    Raises: RecipeError if it does not fit.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name)
+            return model.eval()
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"the adapter {folder} does not go onto this model",
+            why=(str(error).strip() or type(error).__name__).splitlines()[0],
+            fix="name an adapter that was trained on the same base",
+        ) from error
 
 
 def bypassed(owner: Any, name: str) -> bool:

@@ -27,9 +27,7 @@ from pantheraml.models.rows import SMALLEST_PIECE, Part, Rows, open_rows
 from pantheraml.models.sampling import choose, log_probabilities
 from pantheraml.models.slots import Slots, window
 from pantheraml.models.stops import Text, stop_tokens
-
-ROW_TOKENS = 4096
-"""Of a row unless somebody says otherwise, or as many as the model was made for."""
+from pantheraml.planning.answers import MOST_ROWS
 
 
 class Batcher:
@@ -38,7 +36,7 @@ class Batcher:
     Args:
         model: a causal language model, on its device. tokenizer: its tokenizer.
         backend: of the device; None: the one of the model's device.
-        rows: answers at once; None: as many as fit into the memory that is free (planning/answers.py).
+        rows: answers at once; None: as many as fit into the memory that is free (planning/answers.py), up to `most_rows`.
         tokens: of a row, prompt and answer together; None: ROW_TOKENS, or as many as the model was made for.
         chunk: tokens of a prompt that are read at once; None: see models/rows.py.
         steady: an answer does not depend on those beside it, bit for bit, as far as the library allows; see `StaticRows`. Otherwise
@@ -54,6 +52,7 @@ class Batcher:
         *,
         backend: Backend | None = None,
         rows: int | None = None,
+        most_rows: int = MOST_ROWS,
         tokens: int | None = None,
         chunk: int | None = None,
         steady: bool = True,
@@ -62,12 +61,12 @@ class Batcher:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         if using is None:
-            made_for = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None) or ROW_TOKENS
             using = open_rows(
                 model,
-                tokens=tokens or min(ROW_TOKENS, made_for),
+                tokens=tokens,
                 backend=backend,
                 count=rows,
+                most=most_rows,
                 chunk=chunk,
                 steady=steady,
                 adapters=adapters,

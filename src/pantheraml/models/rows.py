@@ -20,9 +20,11 @@ from pantheraml.models.dense import dense_products
 from pantheraml.models.head import causal_model
 from pantheraml.models.isolation import ALONE
 from pantheraml.models.row_adapters import AdapterChoice, row_adapters
-from pantheraml.planning.answers import answer_rows, row_bytes, working_bytes
+from pantheraml.planning.answers import MOST_ROWS, answer_rows, row_bytes, working_bytes
 from pantheraml.recipe.kinds import kind_of
 
+ROW_TOKENS = 4096
+"""Of a row unless somebody says otherwise, or as many as the model was made for."""
 PROMPT_TOKENS = 512
 """Tokens of prompts that are read at once, while other answers wait for their next token."""
 SMALLEST_PIECE = 8
@@ -86,9 +88,10 @@ class Rows(Protocol):
 def open_rows(
     model: Any,
     *,
-    tokens: int,
+    tokens: int | None = None,
     backend: Backend | None = None,
     count: int | None = None,
+    most: int = MOST_ROWS,
     chunk: int | None = None,
     steady: bool = True,
     adapters: Sequence[str] = (),
@@ -96,19 +99,21 @@ def open_rows(
     """Rows of a cache for a model; where its layers cannot use one, a cache for each answer, which is announced.
 
     Args:
+        tokens: of a row, prompt and answer together; None: ROW_TOKENS, or as many as the model was made for.
         backend: says how much memory is free; None: the one of the model's device.
-        count: rows; None: as many as fit, see planning/answers.py.
+        count: rows; None: as many as fit, see planning/answers.py, up to `most`.
         chunk: tokens of a prompt that are read at once; None: 64 if steady, else `PROMPT_TOKENS`.
         steady: see `StaticRows`.
         adapters: that answers can name.
     """
-    choice = AdapterChoice(adapters)
+    made_for = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None) or ROW_TOKENS
+    tokens, choice = tokens or min(ROW_TOKENS, made_for), AdapterChoice(adapters)
     why = unable(model, tokens)
     if why is None:
         rows = StaticRows(model, tokens=tokens, chunk=chunk or (64 if steady else PROMPT_TOKENS), steady=steady, choice=choice)
         why = rows.wrong()
         if why is None:
-            rows.open(count if count is not None else _fitting(model, rows, backend))
+            rows.open(count if count is not None else min(most, _fitting(model, rows, backend)))
             return rows
     _log.warning("%s answers one prompt at a time: %s", type(causal_model(model)).__name__, why)
     return SingleRows(model, count=count or 1, tokens=tokens, choice=choice, why=why)

@@ -6,11 +6,12 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pantheraml.data.chat import Encoder
-from pantheraml.errors import PantheraError, RecipeError
+from pantheraml.errors import RecipeError
 from pantheraml.hardware.find import find
+from pantheraml.models.adapters import add_adapter
 from pantheraml.models.batch import Batcher
 from pantheraml.models.head import causal_model
 from pantheraml.models.request import Request
@@ -21,7 +22,7 @@ from pantheraml.serve.limits import Limits
 from pantheraml.serve.metrics import Metrics
 from pantheraml.serve.service import Service
 from pantheraml.serve.vectors import Vectors
-from pantheraml.trainer.folder import ADAPTER, RECIPE, is_run
+from pantheraml.trainer.folder import RECIPE, adapter_folder, is_run
 from pantheraml.trainer.runs import Loaded, Run, load_target
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def open_service(
                 why="that name is taken, or is not made of letters, digits, - and _",
                 fix="choose another NAME in --adapter NAME=PATH",
             )
-        model = _attach(model, each, _folder(path))
+        model = add_adapter(model, each, adapter_folder(path))
         models[each] = each
         names.append(each)
     if names:
@@ -118,34 +119,3 @@ def _load(target: str, dtype: Dtype) -> tuple[Loaded, HardwareAsk, str]:
         )
     run = Run(target)
     return run.loaded, run.recipe.hardware, Path(run.base).name if Path(run.base).is_dir() else run.base
-
-
-def _folder(path: Path) -> Path:
-    """Of an adapter, or of a run that trained one. Raises: RecipeError if there is none."""
-    for place in (path, path / ADAPTER):
-        if (place / "adapter_config.json").is_file():
-            return place
-    raise RecipeError(
-        f"{path} holds no adapter",
-        why="a LoRA adapter is a folder with adapter_config.json and adapter_model.safetensors",
-        fix="name such a folder, or the folder of a run that trained one",
-    )
-
-
-def _attach(model: Any, name: str, folder: Path) -> Any:
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        if hasattr(model, "peft_config"):
-            model.load_adapter(str(folder), adapter_name=name)
-            return model.eval()
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
-    except PantheraError:
-        raise
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-        raise RecipeError(
-            f"the adapter {folder} does not go onto this model",
-            why=(str(error).strip() or type(error).__name__).splitlines()[0],
-            fix="name an adapter that was trained on the same base",
-        ) from error

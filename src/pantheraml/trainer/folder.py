@@ -44,6 +44,18 @@ def is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
 
+def adapter_folder(place: Path) -> Path:
+    """The folder of a LoRA adapter: the place itself, or what a run has trained there. Raises: RecipeError if it has none."""
+    for folder in (place, place / ADAPTER):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise RecipeError(
+        f"{place} holds no adapter",
+        why="a LoRA adapter is a folder with adapter_config.json and adapter_model.safetensors",
+        fix="name such a folder, or the folder of a run that trained one",
+    )
+
+
 @contextmanager
 def open_folder(recipe: Recipe, *, resume: bool) -> Iterator[tuple[Path, Recipe]]:
     """The run's folder, locked, and the recipe with the run's name in it.
