@@ -39,6 +39,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "number": {"type": "number"},
     "digits": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "array", "minItems": 3}}, "required": ["a", "b"]},
     "list": {"type": "array", "items": {"type": ["boolean", "null", "string"]}, "maxItems": 5},
+    "address": {"type": "object", "properties": {"to": {"type": "string", "format": "email"}}, "required": ["to"]},
+    "multiple": {"type": "integer", "multipleOf": 7, "minimum": 50},
+    "last": {"type": "string", "pattern": "^(foo|ba[rz])+qux.*Z$"},
 }
 
 

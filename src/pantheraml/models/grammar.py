@@ -7,8 +7,9 @@ could cut it off. So near the limit a way to the end is kept at hand, and taken 
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from pantheraml.errors import MissingExtra, RecipeError
 # What brings a JSON text to its end: ends of what is open, which always come first, and otherwise what was taken least often on the way.
 _CLOSING = ('"', "}", "]")
 _ENDINGS = (*_CLOSING, ",", "0", "1", "9", "null", "true", "false", "n", "t", "f", "[", "{", ":", " ", "-", ".", "e", "a", "A")
+_WALKS, _WALK_TOKENS = 8, 256
+"""Where that does not end, as with a pattern that wants a certain character, so many ways are gone by chance, each up to so long."""
 
 
 class Grammars:
@@ -49,6 +52,8 @@ class Grammars:
         spelled = {text: self._tokenizer.tokenize_bytes(text.encode()) for text in _ENDINGS}
         self._endings = [tokens[0] for tokens in spelled.values() if len(tokens) == 1 and tokens[0] < vocab]
         self._closing = frozenset(spelled[text][0] for text in _CLOSING)
+        letters = [self._tokenizer.tokenize_bytes(bytes([code])) for code in range(32, 127)]
+        self._letters = [tokens[0] for tokens in letters if len(tokens) == 1 and tokens[0] < vocab]
         self._stops = frozenset(stops)
 
     def start(self, schema: Mapping[str, Any], max_new_tokens: int) -> Grammar:
@@ -70,7 +75,7 @@ class Grammars:
                 why="every token of the answer is checked against it",
                 fix="leave out what is named; of JSON Schema most is known, https://github.com/guidance-ai/llguidance says what",
             )
-        grammar = Grammar(matcher, self._vocab, (self._endings, self._closing), self._stops, max_new_tokens)
+        grammar = Grammar(matcher, self._vocab, (self._endings, self._closing, self._letters), self._stops, max_new_tokens)
         if grammar.needed is None or grammar.needed > max_new_tokens:
             raise RecipeError(
                 f"no answer to the JSON schema was found in {max_new_tokens} tokens",
@@ -83,9 +88,16 @@ class Grammars:
 class Grammar:
     """One answer on its way. needed: tokens to the end from here that are known to do; None: no end was found."""
 
-    def __init__(self, matcher: Any, vocab: int, endings: tuple[Sequence[int], frozenset[int]], stops: frozenset[int], left: int) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        vocab: int,
+        endings: tuple[Sequence[int], frozenset[int], Sequence[int]],
+        stops: frozenset[int],
+        left: int,
+    ) -> None:
         self._matcher, self._vocab, self._stops, self._left = matcher, vocab, stops, left
-        self._endings, self._closing = endings
+        self._endings, self._closing, self._letters = endings
         self._way: list[int] | None = self._ending(matcher)
 
     @property
@@ -123,8 +135,8 @@ class Grammar:
             before = self._way if self._way is not None else self._ending(self._matcher)
             ahead = self._matcher.deep_copy()
             way = self._way_on(ahead, before) if ahead.consume_token(token) else None
-            if before and (way is None or len(way) > self._left):
-                token, way = before[0], before[1:]
+            if before is not None and (way is None or len(way) > self._left) and (before or self._stops):
+                token, way = (before[0], before[1:]) if before else (min(self._stops), [])
             self._way = way
         self._matcher.consume_token(token)
         return token
@@ -142,21 +154,39 @@ class Grammar:
 
     def _ending(self, matcher: Any) -> list[int] | None:
         """Tokens that end the answer from here, few of them; None: none were found that are not more than can come."""
-        matcher, way = matcher.deep_copy(), []
         taken = Counter[int]()
-        while not matcher.is_accepting() and len(way) <= self._left:
+
+        def closing_first(able: list[int]) -> int:
+            closing = [token for token in able if token in self._closing]
+            taken.update(chosen := closing[:1] or sorted(able, key=taken.__getitem__)[:1])
+            return chosen[0]
+
+        way = self._walked(matcher, self._endings, closing_first, self._left)
+        if way is not None:
+            return way
+        draw, most = random.Random(0), min(self._left, _WALK_TOKENS)
+
+        def any_but_quote_first(able: list[int]) -> int:
+            return able[0] if able[0] == self._endings[0] else draw.choice(able)
+
+        walks = [self._walked(matcher, (*self._endings, *self._letters), any_but_quote_first, most) for _ in range(_WALKS)]
+        return min((way for way in walks if way is not None), key=len, default=None)
+
+    def _walked(self, matcher: Any, among: Sequence[int], choose: Callable[[list[int]], int], most: int) -> list[int] | None:
+        """A way to the end of so many tokens at most: `choose` names one of those among some that may come."""
+        matcher, way = matcher.deep_copy(), list[int]()
+        while not matcher.is_accepting() and len(way) <= most:
             tokens = matcher.compute_ff_tokens()
             if not tokens:
-                able = [token for token in self._endings if matcher.validate_tokens([token])]
-                closing = [token for token in able if token in self._closing]
-                tokens = closing[:1] or sorted(able, key=taken.__getitem__)[:1] or self._any(matcher)
-                taken.update(tokens)
+                bits = matcher.compute_bitmask()
+                able = [token for token in among if bits[token >> 3] >> (token & 7) & 1]
+                tokens = [choose(able)] if able else _first(bits)
             if not tokens or not matcher.consume_tokens(tokens):
                 return None
             way += tokens
         return way if matcher.is_accepting() else None
 
-    def _any(self, matcher: Any) -> list[int]:
-        """A token that may come next."""
-        bits = matcher.compute_bitmask()
-        return [i * 8 + bit for i, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1][:1]
+
+def _first(bits: bytes) -> list[int]:
+    """The first token that may come."""
+    return [i * 8 + bit for i, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1][:1]
