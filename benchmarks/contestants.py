@@ -291,7 +291,6 @@ def ours(task: Task, lane: Lane) -> None:
     Raises: Absent for a field or a value that the recipe does not know, and for what the plan says cannot be done here.
     """
     from rich.console import Console
-    from transformers import PreTrainedTokenizerFast
 
     from pantheraml.engines.torch_engine import TorchEngine
     from pantheraml.errors import DeviceError, MissingExtra, RecipeError
@@ -318,14 +317,22 @@ def ours(task: Task, lane: Lane) -> None:
 
     # The loop has no place at which a stranger could wait, and needs none but here. This process does nothing else.
     TorchEngine.step = in_turn  # pyright: ignore[reportAttributeAccessIssue]
-    # transformers gives some families (Qwen 2) their own way of splitting text, whatever tokenizer lies in the folder.
-    run.load_tokenizer = lambda spec: PreTrainedTokenizerFast.from_pretrained(spec.name)
+    read_words()
     try:
         run.train(recipe, console=Console(stderr=True))
     except (MissingExtra, DeviceError) as error:
         if begun:
             raise
         raise Absent(error.what) from error
+
+
+def read_words() -> None:
+    """From here on ours takes the tokenizer that lies in the folder: to some families (Qwen 2) transformers gives another one."""
+    from transformers import PreTrainedTokenizerFast
+
+    from pantheraml.trainer import survey
+
+    survey.load_tokenizer = lambda spec: PreTrainedTokenizerFast.from_pretrained(spec.name)
 
 
 def _recipe(task: Task) -> dict[str, Any]:

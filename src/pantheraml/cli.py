@@ -399,10 +399,9 @@ def main() -> None:
 @contextmanager
 def _working() -> Iterator[None]:
     """Libraries keep their bars and notes to themselves, and Ctrl-C is answered in words."""
-    from transformers.utils import logging
+    from pantheraml.models.load import quiet_library
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_library()
     with _interruptible():
         yield
 

@@ -179,10 +179,9 @@ def _local(model: str | None, personas: Sequence[Persona], samples: int) -> Loca
     speaking = [each for each in personas if each.endpoint is None]
     if model is None:
         return None
-    from transformers.utils import logging
+    from pantheraml.models.load import quiet_library
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_library()
     adapters = {each.adapter: each.adapter for each in speaking if each.adapter is not None}
     return Local.open(model, adapters, wanted=max(1, len(speaking) * max(1, samples)))
 

@@ -155,6 +155,10 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Learn from the records that are here: dictionaries, vectors for search, and the model of the neural codec."""
+    if model:
+        from pantheraml.models.load import quiet_library
+
+        quiet_library()
     with _open(store, tenant, key_file) as memory, _progress() as progress:
         found = memory.train(minutes=minutes, model=model, progress=progress)
     _show(found.to_dict(), found.said, as_json)

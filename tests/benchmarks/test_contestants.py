@@ -45,14 +45,18 @@ def test_length_mix(contestants, tmp_path):
     assert contestants.read_rows(tmp_path / "fewer.jsonl") == rows[:32]
 
 
-def test_all_trainers_read_the_same_tokens(contestants, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_all_trainers_read_the_same_tokens(family, contestants, tmp_path, monkeypatch):
     """Ours tokenises the words; what comes out is what the others are given as numbers."""
     from rich.console import Console
 
     from pantheraml.recipe.load import recipe_from
-    from pantheraml.trainer.survey import survey
+    from pantheraml.trainer import survey
 
+    monkeypatch.setattr(survey, "load_tokenizer", survey.load_tokenizer)
+    monkeypatch.setitem(contestants.SHAPES, "tiny", contestants.SHAPES["tiny"] | {"family": family})
     contestants.write_weights("tiny", tmp_path / "model")
+    contestants.read_words()
     for mixed in (False, True):
         data = contestants.Data(longest=64, step_rows=4, micro_rows=4, mixed=mixed)
         contestants.write_rows(tmp_path / "rows.jsonl", data, steps=2, vocab=512)
@@ -64,7 +68,7 @@ def test_all_trainers_read_the_same_tokens(contestants, tmp_path):
                 "hardware": {"kind": "cpu"},
             }
         )
-        examples = survey(recipe, console=Console(quiet=True)).data.train
+        examples = survey.survey(recipe, console=Console(quiet=True)).data.train
         assert len(examples) == len(rows) == 8
         for example, row in zip(examples, rows, strict=True):
             assert example.tokens.tolist() == row["input_ids"]

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 _CARRIES_STATE = re.compile(r"mamba|ssm|rwkv|deltanet|recurrent|linearattention|lightningattention|retention|xlstm|mlstm", re.IGNORECASE)
 
 
+def quiet_library() -> None:
+    """From here on Transformers keeps its bars and notes to itself: a command has a progress line of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def read_config(spec: ModelSpec) -> PretrainedConfig:
     """The configuration of the model's text part; a `tiny:` one is made here. Raises: RecipeError if there is none."""
     from transformers import AutoConfig
