@@ -167,7 +167,7 @@ class Grammar:
         draw, most = random.Random(0), min(self._left, _WALK_TOKENS)
 
         def any_but_quote_first(able: list[int]) -> int:
-            return able[0] if able[0] == self._endings[0] else draw.choice(able)
+            return able[0] if able[:1] == self._endings[:1] else draw.choice(able)
 
         walks = [self._walked(matcher, (*self._endings, *self._letters), any_but_quote_first, most) for _ in range(_WALKS)]
         return min((way for way in walks if way is not None), key=len, default=None)
