@@ -8,8 +8,9 @@ All train the same LoRA (rank 16 on all linear layers) from the same weights on 
 
 Each lives in a process of its own, so that its memory is its own, and takes a step when it is told to. The steps go
 round: one of each, the other way about in every second round; in between, a product of matrices (bfloat16, 2048^3) in
-yet another process measures what the processor can do at all. Whoever is not at work is blocked, and its threads sleep
-(OMP_WAIT_POLICY=passive). A ratio is the median of the ratios of the rounds, with the smallest and the largest.
+yet another process measures what the processor can do at all. Whoever is not at work is blocked; its threads wait as they do
+by default, which with GNU's OpenMP is to spin for some milliseconds and then sleep. A ratio is the median of the ratios of the
+rounds, with the smallest and the largest.
 
 Tokens are real ones, without padding. Data: a number means full rows of so many tokens, two a step, loss on all; `mix`
 means lognormal lengths (mean 200, at most 1024), 16 examples a step, prompts masked; `mix:N` the same for at most N.
@@ -420,14 +421,7 @@ class Child:
     def __init__(self, what: dict[str, Any], room: Path, threads: int) -> None:
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", dir=room)  # noqa: SIM115 - closed by stop()
         quiet = dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
-        # Idle threads must not spin while another contestant works.
-        environment = {
-            **os.environ,
-            **quiet,
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_WAIT_POLICY": "passive",
-            "OMP_NUM_THREADS": str(threads),
-        }
+        environment = {**os.environ, **quiet, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             [sys.executable, __file__, CHILD, json.dumps({**what, "threads": threads})],
             stdin=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def pantheraml(capsys, monkeypatch):
     def run(*words: object, said: str = "") -> Done:
         capsys.readouterr()
         # monkeypatch remembers what was there, so that nothing is left of what main sets.
-        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "passive", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["pantheraml", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(said))
         code = 0
@@ -203,6 +205,23 @@ def test_devices_says_what_is_here_and_what_is_not(pantheraml, tmp_path):
     assert found["ok"] is True and any(device["kind"] == "cpu" for device in found["devices"])
     done = pantheraml("doctor", "--folder", tmp_path)
     assert done.code == 0 and "cpu" in done.out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch comes with GNU's OpenMP on Linux alone")
+@pytest.mark.parametrize(
+    ("chosen", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": "70"}, "70")], ids=str
+)
+def test_threads_that_wait_spin_for_a_moment_unless_the_user_chose(chosen, spins, tmp_path):
+    others = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pantheraml", "devices", "--folder", str(tmp_path)],
+        env={**others, **chosen, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 and f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 # ---- Data and recipes --------------------------------------------------------------------------------------------
