@@ -20,6 +20,8 @@ VARIABLES = (
     ("COMPUTE_GPU_BATCH_FACTOR", "8", "gpu_batch_factor", 8),
     ("COMPUTE_CPU_BATCH_FACTOR", "2", "cpu_batch_factor", 2),
     ("COMPUTE_USD_PER_HOUR", "1.5", "usd_per_hour", 1.5),
+    ("OMP_NUM_THREADS", "3", "threads", 3),
+    ("OMP_NUM_THREADS", "5, 2", "threads", 5),
 )
 
 
@@ -27,12 +29,20 @@ VARIABLES = (
 def test_a_variable_fills_what_the_recipe_leaves_open(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str, key: str, value: object
 ) -> None:
+    monkeypatch.delenv(variable, raising=False)
     default = getattr(HardwareAsk(), key)
     assert getattr(read_settings().over(HardwareAsk())[0], key) == default != value
     monkeypatch.setenv(variable, text)
     assert getattr(read_settings().over(HardwareAsk())[0], key) == value
     # Said in the recipe, even as the default: the environment is silent.
     assert getattr(read_settings().over(HardwareAsk(**{key: default}))[0], key) == default
+
+
+def test_threads_that_a_launcher_sets_for_each_of_several_are_nobodys_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read_settings().over(HardwareAsk())[0].threads is None
+    assert read_settings().over(HardwareAsk(threads=2))[0].threads == 2
 
 
 @pytest.mark.parametrize("variable", ["PANTHERAML_DEVICE_TYPE", "COMPUTE_PREFER"])

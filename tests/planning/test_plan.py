@@ -127,8 +127,29 @@ def test_what_does_not_fit_is_refused_with_remedies_that_would_fit() -> None:
         make_plan(recipe(hardware={"checkpointing": "off"}), h100s(1, memory_gib=28), llama_8b())
     assert "set hardware.checkpointing to auto" in caught.value.fix
 
+    # What is asked for at once is too much whatever holds the weights.
+    with pytest.raises(DeviceError) as caught:
+        make_plan(recipe(batch={"micro_tokens": 10_000_000}), h100s(1), llama_8b(), quantizers=("nf4", "int8"))
+    assert caught.value.fix == "set batch.micro_tokens to auto"
+    make_plan(recipe(), h100s(1), llama_8b())
+
     with pytest.raises(DeviceError, match="fix: choose a smaller model"):
         make_plan(recipe(), laptop(8), llama_8b())
+
+
+def test_it_says_what_attention_and_time_are_of() -> None:
+    made = make_plan(
+        recipe(model={"name": "fake", "attention": "eager"}, hardware={"compile": "on"}),
+        h100s(1),
+        replace(llama_8b(), fused=True),
+        train_tokens=10_000,
+        train_rows=100,
+    )
+    assert made.reasons["attention"] == "the recipe asks for it, where answers are written; in training the kernels compute it"
+    assert made.reasons["time"] == "for the whole run, without loading, compiling and evaluation"
+    plain = make_plan(recipe(), h100s(1), llama_8b(), train_tokens=10_000, train_rows=100)
+    assert plain.reasons["attention"] == "the first that the device and the model offer"
+    assert plain.reasons["time"] == "for the whole run, without loading and evaluation"
 
 
 def test_what_is_asked_is_never_overridden() -> None:

@@ -30,11 +30,14 @@ _CARRIES_STATE = re.compile(r"mamba|ssm|rwkv|deltanet|recurrent|linearattention|
 
 
 def quiet_library() -> None:
-    """From here on Transformers keeps its bars and notes to itself: a command has a progress line of its own."""
+    """From here on Transformers and bitsandbytes keep their bars and notes to themselves: a command has a progress line of its own."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel(ERROR)
 
 
 def read_config(spec: ModelSpec) -> PretrainedConfig:

@@ -128,6 +128,8 @@ def remedies(
 ) -> tuple[str, ...]:
     """Single changes to the recipe after which it would fit, the cheapest first; the estimate says so of each.
 
+    A number of tokens that the recipe asks for stays, whatever else is changed.
+
     Args:
         others: changes that lead to another mesh, and that mesh.
     """
@@ -140,12 +142,14 @@ def remedies(
     def fits(
         changed: Recipe, row: int = longest_row, arithmetic: Dtype = dtype, level: Level = possible[-1], spread: Mapping[str, int] = mesh
     ) -> bool:
-        least = row * (row_shares(mesh) if xla else 1)
+        least, asked = row * (row_shares(mesh) if xla else 1), changed.batch.micro_tokens
+        micro_tokens = least if asked == "auto" else max(least, asked)
         levels: Levels = (level,) * shape.layers
-        return need(changed, shape, device, spread, arithmetic, attention, row, least, levels).total_bytes <= budget
+        return need(changed, shape, device, spread, arithmetic, attention, row, micro_tokens, levels).total_bytes <= budget
 
     found: list[str] = []
-    if recipe.batch.micro_tokens != "auto" and fits(recipe):
+    automatic = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_tokens": "auto"})})
+    if recipe.batch.micro_tokens != "auto" and fits(automatic):
         found.append("set batch.micro_tokens to auto")
     if possible != most and any(fits(recipe, level=level) for level in most):
         found.append("set hardware.checkpointing to auto")

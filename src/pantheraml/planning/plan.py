@@ -169,7 +169,7 @@ def make_plan(
     quantizer = quantizer_of(recipe, device, quantizers)
     base_dtype: Dtype = dtype if lora else "float32"
     reasons["base_dtype"] = base_reason(quantizer, lora is not None, xla=xla)
-    chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention)
+    chosen_attention, reasons["attention"] = _attention(recipe, device, shape, attention, kernels)
 
     def meshes_for(ask: HardwareAsk) -> tuple[list[dict[str, int]], str]:
         if xla:
@@ -303,9 +303,8 @@ def make_plan(
         if cost.tokens_per_s is not None
         else f"no matrix product was measured in {dtype} on this device{sent}"
     )
-    reasons["time"] = (
-        "for the whole run, without loading and evaluation" if cost.time_s is not None else "the speed or the data is not known yet"
-    )
+    left_out = "loading, compiling and evaluation" if compile_layers else "loading and evaluation"
+    reasons["time"] = f"for the whole run, without {left_out}" if cost.time_s is not None else "the speed or the data is not known yet"
     reasons["price"] = price.source if price.usd_per_hour is None else f"${rented * price.usd_per_hour:.2f} an hour ({price.source})"
 
     return Plan(
@@ -362,11 +361,12 @@ def _dtype(recipe: Recipe, device: Device) -> tuple[Dtype, str]:
     )
 
 
-def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers: tuple[str, ...]) -> tuple[str, str]:
+def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers: tuple[str, ...], kernels: bool) -> tuple[str, str]:
     asked = recipe.model.attention
     offered = tuple(each for each in device_offers if each in shape.attention) or ("eager",)
+    where = ", where answers are written; in training the kernels compute it" if kernels else ""
     if asked == "auto":
-        return offered[0], "the first that the device and the model offer"
+        return offered[0], "the first that the device and the model offer" + where
     if asked not in offered:
         raise DeviceError(
             f"model.attention={asked} is not offered on {device} for {shape.family}",
@@ -375,7 +375,7 @@ def _attention(recipe: Recipe, device: Device, shape: ModelShape, device_offers:
             + ("; flash_attention_2 needs a CUDA device and the package flash-attn" if "flash" in asked else ""),
             fix=f"set model.attention to {offered[0]}, or auto",
         )
-    return asked, "the recipe asks for it"
+    return asked, "the recipe asks for it" + where
 
 
 def _lr(recipe: Recipe, lora: bool) -> tuple[float, str]:

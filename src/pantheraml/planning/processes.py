@@ -62,7 +62,7 @@ def shares_said(recipe: Recipe, device: Device, shares: int, machines: int) -> s
 def threads_of(recipe: Recipe, available: int | None, here: int) -> tuple[int | None, str]:
     """Threads of one of so many processes on a machine, and why. available: cores; None: nobody has asked."""
     if recipe.hardware.threads is not None:
-        return recipe.hardware.threads, "the recipe asks for it"
+        return recipe.hardware.threads, "the recipe asks for it, or OMP_NUM_THREADS"
     if available is not None and here > 1:
         return max(1, available // here), f"{here} processes share the {available} cores of this machine"
     return available, "all cores that this process may use" if available is not None else "decided when the backend opens"

@@ -194,7 +194,9 @@ class HardwareAsk(_Part):
         gt=0,
         description="Parts of every product (tensor parallel). Divides the heads of keys. 1 leaves it open but on a TPU (see parallel).",
     )
-    threads: int | None = Field(default=None, gt=0, description="CPU threads. Default: all cores this process may use.")
+    threads: int | None = Field(
+        default=None, gt=0, description="CPU threads. Default: OMP_NUM_THREADS, else all cores this process may use."
+    )
     checkpointing: Literal["auto", "off", "cheap", "on", "tiled", "offload"] = Field(
         default="auto",
         description="What is computed again in backward to save memory. off: nothing. cheap: norms and gates. on: whole layers. "
